@@ -71,11 +71,18 @@ class Attention(nn.Module):
         D = x.shape[-1]
         return self.split(F.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D]))
 
+    def project_kv(self, x):
+        """(..., n, D) -> keys and values side by side, (..., n, 2D)."""
+        D = x.shape[-1]
+        return F.linear(x, self.in_proj_weight[D:], self.in_proj_bias[D:])
+
     def keys_values(self, x):
         """(..., n, D) -> keys and values, each (..., H, n, d)."""
-        D = x.shape[-1]
-        k, v = F.linear(x, self.in_proj_weight[D:], self.in_proj_bias[D:]).chunk(2, dim=-1)
-        return self.split(k), self.split(v)
+        return self.split_kv(self.project_kv(x))
+
+    def split_kv(self, kv):
+        k, v = kv.chunk(2, dim=-1)
+        return self.split(k), self.split(v)  # each (..., H, n, d)
 
     def split(self, x):
         return x.unflatten(-1, (self.heads, HEAD_WIDTH)).transpose(-2, -3)  # (..., H, n, d)

@@ -1,0 +1,44 @@
+"""What the tests share: a tiny random CLIP, and where the released code's figures lie."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_vit import CLIP, load_clip
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+MERGES = SHARED / "vocab" / "bpe_simple_vocab_16e6.txt.gz"
+
+
+def tiny_clip(dtype=torch.float32, resolution=32, patch=8, vision_width=128, vision_layers=4, text_width=128,
+              text_layers=3, vocabulary=514, context=32, embed=128, seed=0):
+    """A CLIP of the miniature's size with random weights, scaled so that attention is neither flat nor saturated."""
+    with torch.device("meta"):
+        shapes = CLIP(embed=embed, resolution=resolution, patch=patch, vision_width=vision_width,
+                      vision_layers=vision_layers, context=context, vocabulary=vocabulary, text_width=text_width,
+                      text_layers=text_layers).state_dict()
+    rng = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, meta in shapes.items():
+        noise = torch.randn(meta.shape, generator=rng, dtype=torch.float64)
+        if name == "logit_scale":
+            noise = torch.tensor(2.0, dtype=torch.float64)
+        elif noise.dim() >= 2 and "embedding" not in name:
+            noise /= noise[0].numel() ** 0.5
+        elif name.endswith("weight") and noise.dim() == 1:
+            noise = 1 + 0.1 * noise
+        else:
+            noise *= 0.2
+        state[name] = noise.to(dtype)
+    return load_clip(state)
+
+
+def shared_weights():
+    """The generator of the synthetic weights behind the released code's figures; skips where the folder is absent."""
+    if not (SHARED / "parity").is_dir():
+        pytest.skip("the released code's figures (../shared/parity) are not here")
+    sys.path.insert(0, str(SHARED / "parity"))
+    import weights
+    return weights
