@@ -23,6 +23,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections import OrderedDict
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -274,6 +275,11 @@ class Foreign(type):
         raise pickle.UnpicklingError(f"calls {cls.__name__}")
 
 
+INERT = {  # what a pickle does to an object once it is there: set its state, fill it as a dict or a list
+    "__setstate__": lambda self, state: setattr(self, "state", state),
+    "__setitem__": lambda self, key, value: None, "append": lambda self, value: None}
+
+
 class WeightsUnpickler(pickle.Unpickler):
     """Reads tensors and plain containers out of a zip archive of torch.save or torch.jit.save; imports nothing.
 
@@ -298,9 +304,10 @@ class WeightsUnpickler(pickle.Unpickler):
             return lambda *args: OrderedDict()
         if module == "torch.jit._pickle":  # build_intlist and the like: lists of numbers, restored as they are
             return lambda value, *_: value
-        attributes = {"__setstate__": lambda self, state: setattr(self, "state", state),
-                      "__setitem__": lambda self, key, value: None, "append": lambda self, value: None}
-        return Foreign(f"{module}.{name}", (), attributes)
+        stand_in = Foreign(f"{module}.{name}", (), dict(INERT))
+        if module.startswith(("numpy", "_codecs")):  # a numpy number beside the weights: its parts are calls, made inert
+            return lambda *args: stand_in.__new__(stand_in)
+        return stand_in
 
     def persistent_load(self, pid):
         _, dtype, key, _, _ = pid
@@ -365,6 +372,8 @@ def cached(url, sha256, folder=None):
                 while block := reply.read(1 << 20):
                     file.write(block)
                     bar.update(len(block))
+                if file.tell() < total:
+                    raise OSError(f"broken off at {file.tell()} of {total} bytes")
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: the part is complete already, and only its check is left
             raise ValueError(f"cannot download {target.name} ({error}); {advice}") from error
@@ -489,18 +498,25 @@ class TextCache(nn.Module):
         return self.value
 
 
+@dataclass(frozen=True)
+class PoolConfig:
+    """What frame pooling leaves open."""
+
+    prompt: str = "a photo of a"  # stands before the class name
+
+
 class FramePool(nn.Module):
     """ViFi-CLIP: frame features are averaged over time, then compared with "a photo of a {name}."; blind to order."""
 
-    def __init__(self, clip, prompt="a photo of a"):
+    def __init__(self, clip, config=PoolConfig()):
         super().__init__()
-        self.clip, self.prompt = clip, prompt
+        self.clip, self.config = clip, config
         self.text_cache = TextCache()
         clip.token_embedding.requires_grad_(False)  # [released] the one CLIP tensor that is not trained
 
     def set_classes(self, names):
         """Class names as in the dataset's files; underscores stay [released]."""
-        tokens = self.clip.tokenize([f"{self.prompt} {split_capitals(name)}." for name in names])
+        tokens = self.clip.tokenize([f"{self.config.prompt} {split_capitals(name)}." for name in names])
         self.register_buffer("tokens", tokens, persistent=False)
         self.text_cache.drop()
 

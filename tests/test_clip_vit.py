@@ -1,0 +1,317 @@
+"""CLIP: the towers, the tokenizer, loading without executing anything, downloads, and the released code's figures."""
+
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import threading
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from helpers import MERGES, SHARED, shared_weights, tiny_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import clip_vit
+from clip_vit import FramePool, PoolConfig, cached, load_clip, read_checkpoint, split_capitals, tokenize
+
+
+# ---- towers ----------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_towers_equal_pytorchs_own_transformer():
+    """Block for block against nn.MultiheadAttention, with all rows computed."""
+    clip = tiny_clip(torch.float64)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+    def plain(blocks, x, mask=None):
+        for block in blocks:
+            mha = nn.MultiheadAttention(128, 2, batch_first=True, dtype=torch.float64)
+            mha.load_state_dict(block.attn.state_dict())
+            y = block.ln_1(x)
+            x = x + mha(y, y, y, attn_mask=mask, need_weights=False)[0]
+            y = block.mlp.c_fc(block.ln_2(x))
+            x = x + block.mlp.c_proj(y / (1 + (-1.702 * y).exp()))
+        return x
+
+    v = clip.visual
+    patches = v.conv1(images).flatten(2).transpose(1, 2)
+    x = torch.cat([v.class_embedding.expand(2, 1, -1), patches], 1) + v.positional_embedding
+    expected = v.ln_post(plain(v.transformer.resblocks, v.ln_pre(x))[:, 0]) @ v.proj
+    torch.testing.assert_close(clip.encode_image(images), expected, rtol=0, atol=1e-10)
+
+    tokens = clip.tokenize(["a pic red", "x", ""])
+    x = clip.token_embedding(tokens) + clip.positional_embedding
+    x = plain(clip.transformer.resblocks, x, torch.full((32, 32), -torch.inf, dtype=x.dtype).triu(1))
+    expected = clip.ln_final(x)[range(3), [8, 2, 1]] @ clip.text_projection
+    torch.testing.assert_close(clip.encode_text(tokens), expected, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_frame_pooling_is_the_mean_of_the_frames_and_blind_to_their_order():
+    model = FramePool(tiny_clip(torch.float64), PoolConfig("a pic")).eval()
+    model.set_classes(["red to blue", "under_score"])
+    video = torch.randn(2, 5, 3, 32, 32, dtype=torch.float64)
+    features = torch.stack([model.clip.encode_image(video[:, t]) for t in range(5)]).mean(0)
+    text = model.clip.encode_text(model.clip.tokenize(["a pic red to blue.", "a pic under_score."]))
+    expected = model.clip.logit_scale.exp() * nn.functional.normalize(features) @ nn.functional.normalize(text).T
+    torch.testing.assert_close(model(video)[0], expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(model(video.flip(1))[0], expected, rtol=0, atol=1e-11)
+
+
+def test_wrong_resolution_is_named():
+    with pytest.raises(ValueError, match=r"\(40, 40\).*32"):
+        tiny_clip().encode_image(torch.zeros(1, 3, 40, 40))
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+@given(st.lists(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=25), min_size=1, max_size=3))
+@settings(max_examples=50, deadline=None)
+def test_byte_tokenizer_says_the_words_back(texts):
+    """Without merges every byte of every word is a token, the word's last one marked: nothing is lost but white space."""
+    tokens = tokenize(texts, 80, vocabulary=514)
+    symbols = list(clip_vit.byte_symbols().values())
+    for text, row in zip(texts, tokens.tolist()):
+        end = row.index(513)
+        assert row[0] == 512 and set(row[end + 1:]) <= {0}
+        read = "".join(symbols[i % 256] for i in row[1:end])
+        clean = __import__("html").unescape(__import__("html").unescape(text)).lower()
+        assert read == "".join("".join(symbols[[*clip_vit.byte_symbols()].index(b)] for b in c.encode())
+                               for c in clean if not c.isspace())
+
+
+def test_too_long_a_text_is_refused():
+    assert tokenize(["x" * 30], 32, vocabulary=514).shape == (1, 32)
+    with pytest.raises(ValueError, match="33 tokens does not fit in 32"):
+        tokenize(["x" * 31], 32, vocabulary=514)
+    with pytest.raises(ValueError, match="list of strings"):
+        tokenize("x", 32, vocabulary=514)
+
+
+@given(st.text(st.characters(min_codepoint=65, max_codepoint=122), max_size=20))
+def test_split_capitals(name):
+    split = split_capitals(name)
+    assert split.replace(" ", "") == name.replace(" ", "") and "  " not in split and split == split.strip()
+
+
+def test_released_prompts():
+    shared_weights()
+    notes = json.loads((SHARED / "parity" / "k_prompts.json").read_text())
+    figures = np.load(SHARED / "parity" / "k_prompts.npz")
+    names = [split_capitals(name) for name in notes["raw"]]
+    assert [f"a photo of a {name}." for name in names] == notes["vifi"]
+    assert [f"a photo of a {name.replace('_', ' ')}." for name in names] == notes["tc"]
+    for texts, length, key in ((notes["tc"], 30, "tokens_tc"), (notes["vifi"], 30, "tokens_vifi"), (notes["raw"], 77, "tokens_raw77")):
+        assert (tokenize(texts, length, MERGES).numpy() == figures[key]).all()
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+class Scripted(nn.Module):
+    """A module tree with OpenAI's names, to be traced into a TorchScript archive as OpenAI's files are."""
+
+    def __init__(self, state):
+        super().__init__()
+        for name, value in state.items():
+            module, *rest = self, *name.split(".")
+            for part in rest[:-1]:
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            module.register_parameter(rest[-1], nn.Parameter(value, requires_grad=False))
+        self.register_buffer("input_resolution", torch.tensor(32))
+
+    def forward(self, x):
+        return x + self.input_resolution
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_archives_are_read_without_torchscript(tmp_path, monkeypatch):
+    clip = tiny_clip(torch.float16)
+    state = {name: value.half() for name, value in clip.state_dict().items()}
+    torch.jit.trace(Scripted(state), torch.zeros(1)).save(str(tmp_path / "clip.pt"))
+    with zipfile.ZipFile(tmp_path / "clip.pt") as whole, zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
+        for item in whole.infolist():  # OpenAI's files are older: no byteorder record
+            if not item.filename.endswith("byteorder"):
+                old.writestr(item, whole.read(item))
+    monkeypatch.setattr(torch.jit, "load", None)
+    for name in ("clip.pt", "old.pt"):
+        read = load_clip(tmp_path / name).state_dict()
+        assert read.keys() == state.keys()
+        assert all(value.dtype == torch.float32 and torch.equal(value, state[key].float()) for key, value in read.items())
+
+
+def test_sources_and_dtypes(tmp_path):
+    clip = tiny_clip(torch.float64)
+    state = clip.state_dict()
+    torch.save(state, tmp_path / "plain.pt")
+    torch.save({"model": {f"clip.{k}": v for k, v in state.items()} | {"vectors": torch.zeros(2)}}, tmp_path / "ours.pt")
+    torch.save({"state_dict": state}, tmp_path / "wrapped.pt")
+    arrays = {k: v.numpy() for k, v in state.items()}
+    for source in (state, arrays, tmp_path / "plain.pt", str(tmp_path / "ours.pt"), tmp_path / "wrapped.pt"):
+        loaded = load_clip(source)
+        assert all(torch.equal(v, state[k]) and v.dtype == torch.float64 for k, v in loaded.state_dict().items())
+        assert not loaded.training
+    loaded.logit_scale.data += 1  # the caller's tensors are not the model's
+    assert state["logit_scale"] == 2
+    half = load_clip({k: v.half() for k, v in state.items()})
+    assert half.logit_scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.pop("ln_final.weight"), "ln_final.weight"),
+    (lambda s: s.update(extra=torch.zeros(1)), "extra"),
+    (lambda s: s.update({"ln_final.weight": torch.zeros(3)}), "ln_final.weight"),
+    (lambda s: s.pop("visual.conv1.weight"), "visual.conv1.weight"),
+    (lambda s: s.update({"visual.layer1.0.conv1.weight": torch.zeros(1)}), "ResNet"),
+    (lambda s: s.update({"visual.conv1.weight": torch.zeros(100, 3, 8, 8)}), "multiples of the head width")])
+def test_wrong_weights_are_named(change, words):
+    state = tiny_clip().state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=words):
+        load_clip(state)
+
+
+def test_unknown_names_list_the_known():
+    with pytest.raises(ValueError, match="ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px"):
+        load_clip("ViT-B/15")
+
+
+class Hostile:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+class Config(dict):
+    """Stands for the config object in released checkpoints: an object of a class that is not to be imported."""
+
+
+@pytest.mark.parametrize("wrap", [lambda state, bad: bad, lambda state, bad: {"model": state, "config": bad},
+                                  lambda state, bad: OrderedDict(state, evil=bad)])
+def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path, wrap):
+    trace = tmp_path / "trace"
+    state = tiny_clip().state_dict()
+    torch.save(wrap(state, Hostile(trace)), tmp_path / "hostile.pt")
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(wrap({}, Hostile(trace))))
+    torch.save(wrap(state, Hostile(trace)), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(tmp_path / "hostile.pt") as whole, zipfile.ZipFile(tmp_path / "script.pt", "w") as script:
+        for item in whole.infolist():
+            script.writestr(item, whole.read(item))
+        script.writestr("hostile/constants.pkl", b"")
+    for name in ("hostile.pt", "bare.pt", "legacy.pt", "script.pt"):
+        with pytest.raises(ValueError, match=name):
+            load_clip(tmp_path / name)
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Hostile(trace)))  # the file would have left its trace
+    assert trace.exists()
+
+
+def test_a_foreign_object_beside_the_weights_is_inert(tmp_path, monkeypatch):
+    state, config = tiny_clip().state_dict(), Config(a=[1, 2])
+    config.child = Config(b=np.float64(3))
+    torch.save({"model": state, "config": config, "epoch": 4}, tmp_path / "released.pt")
+    monkeypatch.delattr("test_clip_vit.Config")  # not importable where the file is read
+    content = read_checkpoint(tmp_path / "released.pt")
+    assert content["epoch"] == 4 and all(torch.equal(content["model"][k], v) for k, v in state.items())
+    assert type(content["config"]).__name__.endswith("Config") and not isinstance(content["config"], dict)
+    assert torch.equal(load_clip(tmp_path / "released.pt").text_projection, state["text_projection"])
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04 and then nothing"])
+def test_broken_files_are_named(tmp_path, content):
+    (tmp_path / "broken.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="broken.pt: refused"):
+        load_clip(tmp_path / "broken.pt")
+    torch.save(tiny_clip().state_dict(), tmp_path / "cut.pt")
+    whole = (tmp_path / "cut.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="cut.pt: refused"):
+        load_clip(tmp_path / "cut.pt")
+
+
+# ---- downloads -------------------------------------------------------------------------------------------------------
+
+CONTENT = bytes(range(256)) * 5000
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT; breaks the first reply off half-way; understands Range."""
+
+    log, breaks = [], 0
+
+    def do_GET(self):
+        have = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        Server.log.append(have)
+        if have >= len(CONTENT):
+            self.send_error(416)
+            return
+        self.send_response(206 if have else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - have))
+        self.end_headers()
+        Server.breaks -= 1
+        self.wfile.write(CONTENT[have:len(CONTENT) // 2] if Server.breaks >= 0 else CONTENT[have:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def url():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Server.log, Server.breaks = [], 0
+    yield f"http://127.0.0.1:{server.server_port}/file.pt"
+    server.shutdown()
+
+
+def test_downloads_are_resumed_checked_and_kept(tmp_path, url):
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
+    Server.breaks = 1
+    with pytest.raises(ValueError, match="resume"):
+        cached(url, sha256, tmp_path)
+    path = cached(url, sha256, tmp_path)
+    assert path.read_bytes() == CONTENT and Server.log == [0, len(CONTENT) // 2]
+    assert cached(url, sha256, tmp_path) == path and len(Server.log) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["file.pt"]
+    path.rename(tmp_path / "file.pt.part")  # complete, but its check was interrupted
+    assert cached(url, sha256, tmp_path).read_bytes() == CONTENT
+
+
+def test_what_goes_wrong_with_a_download_is_said(tmp_path, url):
+    with pytest.raises(ValueError, match="SHA-256.*put it at"):
+        cached(url, "0" * 64, tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="cannot download.*by hand and put it at"):
+        cached("http://127.0.0.1:9/none.pt", "0" * 64, tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="cannot download"):
+        cached(url, "0" * 64, tmp_path / "file")
+
+
+# ---- the released code's figures ---------------------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize("fixture, arch", [("a_openai_tiny", "tiny"), ("a_openai_b16", "ViT-B/16")])
+def test_released_figures(fixture, arch):
+    weights = shared_weights()
+    figures = np.load(SHARED / "parity" / f"{fixture}.npz")
+    clip = load_clip(weights.openai_state_dict(arch), MERGES)
+    tokens = clip.tokenize(weights.CLASS_NAMES)
+    assert (tokens.numpy() == figures["tokens"]).all()
+    images = clip.encode_image(torch.from_numpy(weights.video(2, 1, 224)[:, 0]))
+    np.testing.assert_allclose(images.numpy(), figures["image_features"], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(clip.encode_text(tokens).numpy(), figures["text_features"], rtol=0, atol=1e-10)
+    if arch == "ViT-B/16":
+        pool, figures = FramePool(clip).eval(), np.load(SHARED / "parity" / "b_vifi_b16_t8.npz")
+        pool.set_classes(weights.CLASS_NAMES)
+        logits, _ = pool(torch.from_numpy(weights.video(2, 8, 224)))
+        np.testing.assert_allclose(logits.numpy(), figures["logits"], rtol=0, atol=1e-9)

@@ -1,0 +1,399 @@
+"""TC-CLIP: a plain form, frame by frame and pair by pair, against the fast one; properties; the released figures."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import MERGES, SHARED, shared_weights, tiny_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_vit import FramePool, PoolConfig, load_clip
+from temporal_context import biased_attention
+from token_merge import merge_to
+from video_prompt import TCCLIP, TCConfig, load_released
+
+NAMES = ["red to blue", "green_to_cyan", "OneTwo", "x"]
+
+
+def make(seed=0, dtype=torch.float64, clip=None, **settings):
+    """A TC-CLIP of the miniature's size whose new parameters are random, so that each of them matters."""
+    torch.manual_seed(seed)
+    settings = dict(frames=3, context_tokens=5, seed_ratio=0.2, merge_step=2, prompt="a pic") | settings
+    model = TCCLIP(clip or tiny_clip(dtype, seed=seed), TCConfig(**settings))
+    rng = torch.Generator().manual_seed(seed + 1)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("clip."):
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=rng, dtype=torch.float64).to(dtype)
+    model.set_classes(NAMES)
+    return model
+
+
+def clips(batch=2, frames=3, seed=0, dtype=torch.float64):
+    return torch.randn(batch, frames, 3, 32, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# ---- the plain form: METHOD as it reads, one video, one frame, one pair of video and class at a time -------------------
+
+def heads(attn, x, part):
+    """Query, key or value (part 0, 1, 2) of x (n,D) -> (H,n,d)."""
+    D = x.shape[-1]
+    y = x @ attn.in_proj_weight[part * D:(part + 1) * D].T + attn.in_proj_bias[part * D:(part + 1) * D]
+    return y.view(len(x), -1, 64).transpose(0, 1)
+
+
+def plain_attention(attn, q_in, kv_in, bias=None):
+    """-> output (n,D) and A (H,n,m), with an additive bias (H,1 or n,m)."""
+    q, k, v = heads(attn, q_in, 0), heads(attn, kv_in, 1), heads(attn, kv_in, 2)
+    scores = q @ k.transpose(1, 2) / math.sqrt(64)
+    A = (scores if bias is None else scores + bias).softmax(dim=-1)
+    return (A @ v).transpose(0, 1).flatten(1) @ attn.out_proj.weight.T + attn.out_proj.bias, A
+
+
+def plain_vision(model, video):
+    """One video (T,3,R,R) -> projected class tokens (T,E), and every block's context tokens, projected (k,E)."""
+    visual, c = model.clip.visual, model.config
+    tokens = [visual.ln_pre(frame + (model.vision.positions[t] if c.positions == "joint" else visual.positional_embedding))
+              for t, frame in enumerate(visual.tokens(video))]
+    context, contexts = None, []
+    for l, block in enumerate(visual.transformer.resblocks):
+        rows, found = [], []
+        for x in tokens:
+            kv, bias = block.ln_1(x), None
+            if l > 0:
+                kv = torch.cat([kv, block.ln_1(context)])
+                if c.local_global_bias:
+                    local, other = model.vision.local_global_bias[str(l)].unbind(dim=1)
+                    bias = torch.cat([local[:, None].expand(-1, len(x)), other[:, None].expand(-1, len(context))], 1)[:, None]
+            out, A = plain_attention(block.attn, block.ln_1(x), kv, bias)
+            x = x + out
+            score = A[:, 0, 1:len(x)].mean(dim=0)
+            best = sorted(range(len(score)), key=lambda p: (-score[p].item(), p))[:int(len(score) * c.seed_ratio)]
+            rows.append(x)
+            found.append(x[1:][best])
+        context = merge_to(torch.cat(found)[None], c.context_tokens, c.merge_step, c.merge)[0][0]
+        tokens = [x + block.mlp(block.ln_2(x)) for x in rows]
+        context = context + block.mlp(block.ln_2(context))
+        contexts.append(visual.ln_post(context) @ visual.proj)
+    return torch.stack([visual.ln_post(x[0]) @ visual.proj for x in tokens]), contexts
+
+
+def plain_text(model, contexts, tokens):
+    """One video's contexts and one class's tokens (L,), uncut -> (E,): the whole text tower for this pair."""
+    clip, c, M = model.clip, model.config, len(model.vectors)
+    blocks = clip.transformer.resblocks
+    levels = {j % len(blocks): contexts[i % len(contexts)] for j, i in zip(c.prompt_blocks, c.context_blocks)}
+    x = clip.token_embedding(tokens)
+    x = torch.cat([x[:1], model.vectors, x[1 + M:]]) + clip.positional_embedding[:len(tokens)]
+    causal = torch.full((len(x), len(x)), -torch.inf, dtype=x.dtype).triu(1)
+    for j, block in enumerate(blocks):
+        if j in levels and c.prompting == "video":
+            layer, p = model.prompt_layers[sorted(levels).index(j)], x[1:1 + M]
+            video = levels[j].detach() if c.stop_gradient else levels[j]
+            p = p + plain_attention(layer.attn, layer.ln_1(p), layer.ln_1_kv(video))[0]
+            p = p + layer.mlp(layer.ln_2(p))
+            x = torch.cat([x[:1], p, x[1 + M:]])
+        x = x + plain_attention(block.attn, block.ln_1(x), block.ln_1(x), causal)[0]
+        x = x + block.mlp(block.ln_2(x))
+    return clip.ln_final(x[int(tokens.argmax())]) @ clip.text_projection
+
+
+def plain_logits(model, video):
+    names = [name.replace("_", " ") for name in ["red to blue", "green_to_cyan", "One Two", "x"]]
+    tokens = model.clip.tokenize([f"{model.config.prompt} {name}." for name in names], 32)
+    rows = []
+    for one in video:
+        frames, contexts = plain_vision(model, one)
+        text = torch.stack([plain_text(model, contexts, line) for line in tokens])
+        rows.append(model.clip.logit_scale.exp() * F.normalize(text, dim=-1) @ F.normalize(frames.mean(0), dim=-1))
+    return torch.stack(rows)
+
+
+PLAIN_CASES = [
+    dict(),
+    dict(positions="joint", seed_ratio=0.45, context_tokens=7, merge_step=100),  # an odd number of seeds, 7
+    dict(local_global_bias=False, context_tokens=100),  # nothing to merge
+    dict(stop_gradient=False, prompt_blocks=(0, 2), context_blocks=(1, 3)),
+    dict(prompt_blocks=(1,), context_blocks=(-1,)),
+    dict(prompting="learned"),
+    dict(merge="none", stop_gradient=False),
+]
+
+
+@pytest.mark.parametrize("case", PLAIN_CASES, ids=str)
+def test_fast_form_equals_the_plain_form(case):
+    model, video = make(**case).train(), clips()
+    labels = torch.tensor([1, 3])
+    logits, aux = model(video)
+    F.cross_entropy(logits, labels).backward()
+    fast = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    expected = plain_logits(model, video)
+    F.cross_entropy(expected, labels).backward()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+    assert aux == 0 and logits.shape == (2, len(NAMES))
+    plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert fast.keys() == plain.keys()
+    for name in plain:
+        torch.testing.assert_close(fast[name], plain[name], rtol=1e-8, atol=1e-11, msg=lambda m: f"{name}: {m}")
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_biased_attention_and_its_gradients(n, H, local, m, seed):
+    torch.manual_seed(seed)
+    q, k, v, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in
+                     ((n, H, 3, 8), (n, H, local + m, 8), (n, H, local + m, 8), (H,)))
+    fast = biased_attention(q, k, v, bias, m)
+    columns = torch.cat([bias.new_zeros(H, local), bias[:, None].expand(H, m)], dim=1)[:, None]
+    plain = (q @ k.transpose(-1, -2) / 8 ** 0.5 + columns).softmax(-1) @ v
+    weight = torch.randn_like(plain)
+    torch.testing.assert_close(fast, plain)
+    for a, b in zip(torch.autograd.grad((fast * weight).sum(), (q, k, v, bias)),
+                    torch.autograd.grad((plain * weight).sum(), (q, k, v, bias))):
+        torch.testing.assert_close(a, b)
+
+
+# ---- properties --------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_without_context_it_is_frame_pooling():
+    clip = tiny_clip(torch.float64)
+    model = TCCLIP(clip, TCConfig(reference="none", prompting="none", prompt="a pic"))
+    pool = FramePool(clip, PoolConfig("a pic"))
+    names = ["red to blue", "x"]
+    model.set_classes(names)
+    pool.set_classes(names)
+    torch.testing.assert_close(model.eval()(clips())[0], pool.eval()(clips())[0], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, dict(positions="joint"), dict(reference="all"), dict(merge="kmeans")], ids=str)
+def test_a_video_does_not_depend_on_its_batch_mates(settings):
+    model, video = make(**settings).eval(), clips(3)
+    torch.testing.assert_close(model(video)[0][1:2], model(video[1:2])[0], rtol=0, atol=1e-11)
+    assert torch.equal(model(video)[0], model(video)[0])
+
+
+@torch.no_grad()
+def test_order_of_frames():
+    """With one position for all frames and an order-free merge, order cannot be seen; with joint positions it can."""
+    video, shuffled = clips(2, 4), clips(2, 4)[:, [2, 0, 3, 1]]
+    blind = make(frames=4, merge="none").eval()
+    seeing = make(frames=4, merge="none", positions="joint").eval()
+    torch.testing.assert_close(blind(video)[0], blind(shuffled)[0], rtol=0, atol=1e-11)
+    assert (seeing(video)[0] - seeing(shuffled)[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_stop_gradient_really_stops(stop):
+    model = make(stop_gradient=stop).train()
+    frames, contexts, _ = model.vision(model.clip.visual, clips())
+    text = model.encode_text({i: c.detach() if stop else c for i, c in contexts.items()})
+    logits, _ = model(clips())
+    model.zero_grad()
+    text_only = (logits - logits.detach()).sum() * 0 + text.sum()
+    text_only.backward()
+    reached = sum(float(p.grad.abs().sum()) for p in model.clip.visual.parameters() if p.grad is not None)
+    assert (reached == 0) == stop
+    assert float(model.prompt_layers[0].attn.in_proj_weight.grad.abs().sum()) > 0
+
+
+def test_text_is_computed_once_in_eval_and_every_time_in_training():
+    model, video, calls = make(), clips(), []
+    model.clip.transformer.resblocks[0].register_forward_hook(lambda *_: calls.append(1))
+    model.eval()
+    first = model(video)[0]
+    model(video[:1])
+    assert len(calls) == 1
+    model.train()
+    model(video), model(video)
+    assert len(calls) == 3
+    model.eval()
+    model(video)
+    assert len(calls) == 4
+    changed = {k: v.flip(0) if k == "vectors" else v for k, v in model.state_dict().items()}
+    model.load_state_dict(changed)
+    assert (model(video)[0] - first).abs().max() > 1e-9 and len(calls) == 5
+    model.float()
+    assert model(video.float())[0].dtype == torch.float32 and len(calls) == 6
+    model.set_classes(["one", "two"])
+    assert model(video.float())[0].shape == (2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_precisions(dtype):
+    model, exact = make(dtype=dtype), make()
+    with torch.no_grad():
+        logits, _ = model.eval()(clips(dtype=dtype))
+        expected, _ = exact.eval()(clips())
+    assert logits.dtype == dtype
+    tolerance = 1e-3 if dtype == torch.float32 else 2.0  # logits reach e^2; bf16 keeps 8 bits, and may choose other seeds
+    assert (logits.double() - expected).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("settings", [
+    *(dict(reference=r) for r in ("context", "class", "neighbour", "all", "none")),
+    *(dict(merge=m) for m in ("bipartite", "none", "random", "kmeans", "dpc-knn")),
+    *(dict(positions=p) for p in ("space", "joint")), *(dict(prompting=p) for p in ("video", "learned", "none")),
+    dict(local_global_bias=False), dict(stop_gradient=False), dict(reference_blocks=(2, 3)), dict(context_tokens=1),
+    dict(seed_ratio=1.0), dict(merge_step=1), dict(reference_blocks=(-1,))], ids=str)
+def test_every_ablation_trains(settings):
+    """A few steps on two clips lower the loss, and every trainable parameter gets a gradient (DDP needs that)."""
+    torch.manual_seed(0)
+    model, video, labels = make(dtype=torch.float32, **settings).train(), clips(dtype=torch.float32), torch.tensor([0, 2])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-3), []
+    for _ in range(6):
+        loss = F.cross_entropy(model(video)[0], labels)
+        optimizer.zero_grad()
+        loss.backward()
+        missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert not missing
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(reference="everything"), "context, class, neighbour, all, none"), (dict(merge="mean"), "dpc-knn"),
+    (dict(positions="time"), "joint"), (dict(seed_ratio=0.0), "seed_ratio"), (dict(reference_blocks=(0,)), "block 0"),
+    (dict(context_tokens=0), "context_tokens"), (dict(prompt_blocks=(0, 1)), "pair up")])
+def test_wrong_settings_say_what_is_right(settings, words):
+    with pytest.raises(ValueError, match=words):
+        make(**settings)
+
+
+def test_widths_that_do_not_allow_prompting():
+    clip = tiny_clip(embed=192)
+    with pytest.raises(ValueError, match="192.*128"):
+        TCCLIP(clip, TCConfig(prompt="a pic"))
+    model = TCCLIP(clip, TCConfig(prompt="a pic", prompting="learned", context_tokens=4))
+    model.set_classes(["a", "b"])
+    assert model(clips(dtype=torch.float32))[0].shape == (2, 2)
+
+
+def test_frame_count_of_joint_positions():
+    with pytest.raises(ValueError, match="4 frames"):
+        make(positions="joint")(clips(2, 4))
+
+
+# ---- the released code's figures ---------------------------------------------------------------------------------------
+
+def released_state(weights, arch, layers):
+    """A state_dict as the released code saves it, with the synthetic weights of the figures."""
+    layout = json.loads((SHARED / "parity" / "released_layouts.json").read_text())
+    layout = layout["tc tiny T=4" if arch == "tiny" else "tc ViT-B/16 T=8"]
+    for name, shape in list(layout.items()):
+        for j in range(1, layers):
+            layout[name.replace("generation_layer.0.", f"generation_layer.{j}.")] = shape
+    openai, state = weights.openai_state_dict(arch), {}
+    for name, shape in layout.items():
+        plain = name.replace("image_encoder.", "visual.").replace("text_encoder.", "")
+        part = next((i for i, p in enumerate("qkv") if f".{p}_proj." in plain), None)
+        if part is not None and "visual" in plain:
+            whole = openai[plain.replace(f".{'qkv'[part]}_proj.", ".in_proj_")]
+            state[name] = whole[part * len(whole) // 3:(part + 1) * len(whole) // 3]
+        else:
+            state[name] = openai[plain] if plain in openai else weights.tensor(name, shape)
+    return state, openai
+
+
+def released_model(arch, layers=1, wrap="", **settings):
+    weights = shared_weights()
+    state, openai = released_state(weights, arch, layers)
+    clip = load_clip(openai, MERGES)
+    words = clip.tokenize(["a photo of a"])[0, 1:5]
+    state["prompt_learner.ctx"] = clip.token_embedding.weight[words].detach().numpy()
+    model = TCCLIP(clip, TCConfig(**settings))
+    load_released(model, {wrap + name: value for name, value in state.items()})
+    model.set_classes(weights.CLASS_NAMES)
+    return model, weights
+
+
+def released_gradient(name, gradients):
+    """Our gradient of the parameter that the released code calls `name`."""
+    for old, new in (("image_encoder.", "clip.visual."), ("text_encoder.prompt_generation_layer.", "prompt_layers."),
+                     ("text_encoder.", "clip."), ("prompt_learner.ctx", "vectors"), ("logit_scale", "clip.logit_scale")):
+        if name.startswith(old):
+            ours = new + name[len(old):]
+            break
+    if ours.endswith("local_global_bias_table"):
+        return gradients[f"vision.local_global_bias.{ours.split('.')[4]}"][:, None]
+    for i, p in enumerate("qkv"):
+        if f".{p}_proj." in ours:
+            return gradients[ours.replace(f".{p}_proj.", ".in_proj_")].chunk(3)[i]
+    return gradients[ours]
+
+
+@pytest.mark.parametrize("fixture, settings, layers", [
+    ("c_tc_tiny", {}, 1), ("c_tc_tiny_literal", dict(context_blocks=(1,)), 1),
+    ("c_tc_tiny_multilevel", dict(prompt_blocks=(0, 1), context_blocks=(0, 1)), 2)])
+def test_released_figures(fixture, settings, layers):
+    model, weights = released_model("tiny", layers, wrap="module.", frames=4, **settings)
+    figures = np.load(SHARED / "parity" / f"{fixture}.npz")
+    notes = json.loads((SHARED / "parity" / f"{fixture}.json").read_text())
+    video = torch.from_numpy(weights.video(2, 4, 224))
+    logits, _ = model.train()(video)
+    np.testing.assert_allclose(logits.detach().numpy(), figures["logits"], rtol=0, atol=1e-9)
+    frames, contexts, summaries = model.vision(model.clip.visual, video)
+    text = F.normalize(model.encode_text(contexts), dim=-1)
+    np.testing.assert_allclose(text.detach().numpy(), figures["text_features"], rtol=0, atol=1e-10)
+    if "grad_names" not in figures:
+        return
+    np.testing.assert_allclose(frames.detach().numpy(), figures["frame_features"], rtol=0, atol=1e-10)
+    for l, s in summaries.items():
+        assert (s.seeds.sort().values.numpy() == figures["seed_index"][l]).all()
+        assert (s.sizes.numpy() == figures["context_sizes"][l]).all()
+        np.testing.assert_allclose(s.context.detach().norm(dim=-1).numpy(), figures["context_norms"][l], rtol=1e-10)
+    loss = F.cross_entropy(logits, torch.tensor(notes["labels"]))
+    loss.backward()
+    assert abs(float(loss.detach()) - figures["loss"]) < 1e-9
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for name, norm, total in zip(figures["grad_names"], figures["grad_norms"], figures["grad_sums"]):
+        ours = released_gradient(str(name), gradients)
+        assert abs(float(ours.norm()) - norm) <= 1e-8 * norm + 1e-10, name
+        assert abs(float(ours.sum()) - total) <= 1e-8 * norm + 1e-10, name
+        if f"grad.{name}" in figures:
+            np.testing.assert_allclose(ours.numpy(), figures[f"grad.{name}"], rtol=1e-8, atol=1e-12)
+
+
+@torch.no_grad()
+def test_released_start_from_clip_weights():
+    """The prompt layer begins as the last text block; the released code copies it through float32, hence the tolerance."""
+    weights = shared_weights()
+    model, _ = released_model("tiny", frames=4)
+    fresh = TCCLIP(model.clip, TCConfig(frames=4))
+    model.prompt_layers.load_state_dict(fresh.prompt_layers.state_dict())
+    logits, _ = model.eval()(torch.from_numpy(weights.video(2, 4, 224)))
+    np.testing.assert_allclose(logits.numpy(), np.load(SHARED / "parity" / "c_tc_tiny_clipinit.npz")["logits"], atol=1e-6)
+
+
+@torch.no_grad()
+def test_released_figures_at_full_size():
+    model, weights = released_model("ViT-B/16", frames=8)
+    figures = np.load(SHARED / "parity" / "d_tc_b16_t8.npz")
+    video = torch.from_numpy(weights.video(1, 8, 224))
+    frames, contexts, summaries = model.eval().vision(model.clip.visual, video)
+    np.testing.assert_allclose(frames.numpy(), figures["frame_features"], rtol=0, atol=1e-10)
+    logits = model.clip.logit_scale.exp() * torch.einsum(
+        "be,bce->bc", F.normalize(frames.mean(1), dim=-1), F.normalize(model.encode_text(contexts), dim=-1))
+    np.testing.assert_allclose(logits.numpy(), figures["logits"], rtol=0, atol=1e-9)
+    for l, s in summaries.items():
+        assert (s.seeds.sort().values.numpy() == figures["seed_index"][l]).all()
+        assert (s.sizes.numpy() == figures["context_sizes"][l]).all()
+
+
+def test_released_errors_list_the_keys():
+    weights = shared_weights()
+    model, _ = released_model("tiny", frames=4)
+    state, _ = released_state(weights, "tiny", 1)
+    state["prompt_learner.ctx"] = model.vectors.detach().numpy()
+    lost = "image_encoder.transformer.resblocks.1.mlp.c_fc.bias"
+    with pytest.raises(ValueError, match="resblocks.1.mlp.c_fc.bias"):
+        load_released(model, {k: v for k, v in state.items() if k != lost})
+    with pytest.raises(ValueError, match="image_encoder_extra"):
+        load_released(model, state | {"image_encoder_extra": np.zeros(2)})
