@@ -34,7 +34,7 @@ def match(x, r):
     New order: the unmerged a by decreasing similarity, then all b in the old order.
     """
     B, n, _ = x.shape
-    n_a, n_b = (n + 1) // 2, n // 2
+    n_a = (n + 1) // 2
     norm = x.norm(dim=-1)  # (B,n)
     # cos(a, b) = a.b / |a||b|: scaling the scores is cheaper than scaling the tokens.
     scores = x[:, ::2] @ x[:, 1::2].transpose(1, 2) / (norm[:, ::2, None] * norm[:, None, 1::2])  # (B,n_a,n_b)

@@ -18,7 +18,6 @@ Letters as in clip_vit.py and temporal_context.py, and: M prompt vectors, W text
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from clip_vit import Attention, TextCache, cosine_logits, split_capitals

@@ -1,0 +1,685 @@
+"""From video files to batches: which frames are looked at, reading them, augmentation, mixing.
+
+Letters: B videos, T frames, V views, R side in pixels, C classes. Frames are uint8 RGB, channels first.
+"""
+import csv
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from itertools import permutations
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+MAX_PIXELS = 8192 * 4320  # [ours] an 8K cinema frame, the largest in use: decoded and converted it takes about 0.3 GB
+MAX_ASPECT = 32  # [ours] long side / short side: 2x30000 pixels are few only until the short side is scaled up
+SCALES = (1, 0.875, 0.75, 0.66)  # [released] multi-scale crop
+JITTER = (0.4, 0.4, 0.2, 0.1)  # [ours] brightness, contrast, saturation: factors 1 +- this; hue: +- this part of a turn
+LUMA = (0.299, 0.587, 0.114)  # brightness of R, G, B [ITU-R BT.601]
+
+
+class VideoError(ValueError):
+    """A video that cannot be read; the message is "<path>: <reason>"."""
+
+
+def frame_indices(total, frames, train=False, rng=None):
+    """TSN positions: one frame in each of `frames` equal segments of a video of `total` frames.
+
+    The middle of a segment, or with `train` a frame of it drawn from the numpy Generator `rng` -> (frames,) int64 in
+    [0, total), repeating where total < frames. ValueError if either is below 1.
+    """
+    if total < 1 or frames < 1:
+        raise ValueError(f"cannot take {frames} frames from a video of {total}: both must be at least 1")
+    i = np.arange(frames)
+    if not train:
+        return (2 * i + 1) * total // (2 * frames)
+    if total >= frames:
+        return i * (total // frames) + rng.integers(total // frames, size=frames)
+    return np.rint(i * total / frames).astype(np.int64) % total  # [released] too short to draw; the end wraps to 0
+
+
+def uniform_indices(total, frames, train=False, rng=None):
+    """Fixed intervals over the whole video, ILA's sampling on SSv2. Arguments and result as for `frame_indices`.
+
+    Segment i is [round(s i), round(s (i+1))], s = (total-1) / frames: its middle, or any frame from end to end.
+    """
+    if total < 1 or frames < 1:
+        raise ValueError(f"cannot take {frames} frames from a video of {total}: both must be at least 1")
+    edges = np.rint(np.arange(frames + 1) * (total - 1) / frames).astype(np.int64)
+    low, high = edges[:-1], edges[1:]
+    return rng.integers(low, high, endpoint=True) if train else (low + high) // 2
+
+
+def view_indices(total, frames, clips, indices=frame_indices):
+    """(clips, frames) positions: clip c takes frame floor((i + (2c+1) / (2 clips)) total / frames) of segment i.
+
+    [ours] equally spaced offsets in each segment, the same at every evaluation. One clip is `frame_indices`.
+    """
+    return indices(total, frames * clips).reshape(frames, clips).T
+
+
+def read_frames(path, pick, short_side, max_pixels=MAX_PIXELS):
+    """Decode the frames that `pick(total)` asks for, upright, with their short side at `short_side` pixels.
+
+    pick: number of frames -> integer array (...) with values in [0, total). It is asked again where a damaged file
+    holds other than the frames that it claims: positions refer to those that decode.
+    Returns uint8 (..., 3, h, w), all of the first one's size. The compressed file is held in memory meanwhile.
+    VideoError: file absent or unreadable, no video stream, no frame that decodes, frames above `max_pixels` pixels.
+    """
+    try:
+        if not os.path.isfile(path):  # a pipe or a device might block for ever
+            raise ValueError("no such file")
+        frames, total = _read_pass(path, pick, short_side, max_pixels, None)
+        while frames is None:  # a third pass at most: the second has counted
+            frames, total = _read_pass(path, pick, short_side, max_pixels, total)
+    except (av.FFmpegError, OSError, ValueError, LookupError) as error:
+        raise VideoError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    return frames
+
+
+def _read_pass(path, pick, short_side, max_pixels, total):
+    """One pass over a file -> (frames, total), or (None, a better total).
+
+    total: what the pass before has counted. None in the first, which believes in one frame per packet.
+    """
+    limit = {"max_pixels": str(max_pixels)}  # both decode: av.open to learn the frame size, then the codec
+    # "file:" as a name may look like an address; a title that is not UTF-8 does not matter.
+    with av.open(f"file:{path}", options=limit, metadata_errors="replace") as container:
+        stream = container.streams.best("video")
+        if stream is None or stream.codec_context is None:
+            raise ValueError("no video stream that can be decoded")
+        codec = stream.codec_context
+        if not 0 < codec.width * codec.height <= max_pixels:
+            raise ValueError(f"frame size unknown or above {max_pixels} pixels")
+        codec.options, codec.thread_count = limit, 1  # loaders have workers; with threads, damage decodes differently
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        stamps = [packet.pts for packet in packets if not packet.is_discard]
+        believed = total is None
+        skim = (believed and codec.name == "h264" and container.format.name.startswith(("mov", "matroska"))
+                and None not in stamps and len(set(stamps)) == len(stamps))
+        total = total or len(stamps)
+        if not total:
+            raise ValueError("no video frames")
+        index = np.asarray(pick(total))
+        wanted, convert = set(index.flat), partial(_image, VideoReformatter(), short_side)
+        if skim:
+            images, found = _skim(codec, packets, sorted(stamps), wanted, convert), total
+        else:
+            images, found = _count(codec, packets, wanted, convert, total if believed else None)
+    if images is None or found != total:
+        return None, found
+    first = images[index.flat[0]]
+    frames = torch.cat([_resize(images[i], *first.shape[-2:]) for i in index.flat])  # sizes may change in mid-stream
+    return frames.view(*index.shape, *first.shape[1:]), total
+
+
+def _restarts(packet):
+    """Whether an h264 packet (units, each after 4 bytes of length) holds an IDR picture (type 5): none refers past it."""
+    data, start = bytes(packet) if packet.is_keyframe else b"", 0
+    while start + 4 < len(data):
+        if data[start + 4] & 31 == 5:
+            return True
+        start += 4 + int.from_bytes(data[start:start + 4], "big")
+    return False
+
+
+def _skim(codec, packets, stamps, wanted, convert):
+    """Decode h264 without the frames that neither `wanted` nor the decoder needs -> {position: image}; None if damaged.
+
+    A frame's position is the rank of its time stamp, known before anything is decoded. The decoder needs what other
+    frames refer to, from the last restart (IDR picture) to the last wanted frame before the next.
+    """
+    rank = {stamp: position for position, stamp in enumerate(stamps)}
+    missing, images = wanted | {0}, {}  # 0: where the first pictures do not decode, ranks are not positions
+    chosen, needed = [], False
+    for packet in reversed(packets):
+        keep = rank.get(packet.pts) in missing
+        needed = needed or keep
+        if needed:
+            chosen.append((packet, keep))
+        needed = needed and not _restarts(packet)
+    for packet, keep in [*reversed(chosen), (None, True)]:  # None: what the decoder still holds
+        codec.skip_frame = "DEFAULT" if keep else "NONREF"
+        try:
+            decoded = codec.decode(packet)
+        except av.InvalidDataError:
+            return None
+        for frame in decoded:
+            position = rank.get(frame.pts)
+            if position is None or frame.is_corrupt:
+                return None
+            missing.discard(position)
+            if position in wanted:
+                images[position] = convert(frame)
+    return None if missing else images
+
+
+def _count(codec, packets, wanted, convert, total=None):
+    """Decode in order -> ({position: image}, total). Stops at the last of `wanted` if a `total` is given and no packet
+    is bad; else goes on to the end, to count what decodes."""
+    images, seen = {}, 0
+    for packet in [*packets, None]:
+        try:
+            decoded = codec.decode(packet)
+        except av.InvalidDataError:
+            decoded, total = [], None
+        for frame in decoded:
+            if seen in wanted:
+                images[seen] = convert(frame)
+            seen += 1
+        if total and len(images) == len(wanted):
+            return images, total
+    if not seen:
+        raise ValueError("no frame decodes")
+    return images, seen
+
+
+def _image(reformatter, short_side, frame):
+    """A decoded frame -> uint8 (1, 3, h, w): to RGB at its own size, then resized, then turned upright."""
+    if max(frame.width, frame.height) > MAX_ASPECT * min(frame.width, frame.height):
+        raise ValueError(f"frames of {frame.width}x{frame.height} pixels are too narrow")
+    rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
+    scale = short_side / min(frame.width, frame.height)
+    image = torch.from_numpy(rgb)[None].permute(0, 3, 1, 2)
+    image = _resize(image, round(frame.height * scale), round(frame.width * scale))  # (1, 3, h, w)
+    return torch.rot90(image, round(frame.rotation / 90), (2, 3)) if frame.rotation else image
+
+
+def _resize(images, height, width):
+    """uint8 (N, 3, H, W) -> (N, 3, height, width): bilinear, antialiased (else downscaling errs by up to 98 of 255)."""
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.interpolate(images, (height, width), mode="bilinear", antialias=True)
+
+
+def read_views(path, frames, size, clips=1, crops=1, short_side=None, indices=frame_indices):
+    """Test-time views of a video, decoded once: uint8 (V, T, 3, size, size), V = clips x crops, clip after clip.
+
+    crops: 1, the centre, or 3: start, centre and end of the long side. indices: `frame_indices` or `uniform_indices`.
+    short_side: of the frame to be cropped. Default: size 256/224 for one crop, size for three, to span the frame.
+    """
+    short_side = short_side or (round(size * 256 / 224) if crops == 1 else size)
+    if crops not in (1, 3) or short_side < size:
+        raise ValueError(f"crops must be 1 or 3 (got {crops}), and short_side at least size (got {short_side}, {size})")
+    video = read_frames(path, partial(view_indices, frames=frames, clips=clips, indices=indices), short_side)
+    down, right = video.shape[-2] - size, video.shape[-1] - size
+    views = []
+    for along in (0.5,) if crops == 1 else (0, 0.5, 1):
+        top, left = (int(down * along), right // 2) if down > right else (down // 2, int(right * along))
+        views.append(video[..., top:top + size, left:left + size])
+    return torch.stack(views, 1).flatten(0, 1).contiguous()  # (clips, crops, T, 3, size, size) -> (V, T, 3, size, size)
+
+
+def read_clip(path, frames=16, size=224, short_side=None):
+    """The test-time view of a video, uint8 (T, 3, size, size): TSN middle frames, centre crop. See `read_views`."""
+    return read_views(path, frames, size, short_side=short_side)[0]
+
+
+def augment(clip, size, rng, scales=SCALES, flip=0.0, jitter=0.0, grey=0.0, shift=0.0, strengths=JITTER):
+    """uint8 (T, 3, H, W) -> (T, 3, size, size): one random transform for all frames, from the numpy Generator `rng`.
+
+    scales: height and width of a crop, as parts of the short side, equal or next to one another in this list; it lies
+    in a corner or the centre [TSN] and is resized. flip, jitter, grey: probabilities. strengths: see JITTER.
+    shift: the clip is moved by up to this part of each side, its border repeated.
+    """
+    for axis in (-2, -1) if shift else ():
+        side = clip.shape[axis]
+        offset = rng.integers(-int(shift * side), int(shift * side), endpoint=True)
+        clip = clip.index_select(axis, (torch.arange(side) + offset).clamp(0, side - 1))
+    sides = [round(scale * min(clip.shape[-2:])) for scale in scales]
+    i = rng.integers(len(sides))
+    height, width = sides[i], sides[rng.integers(max(i - 1, 0), min(i + 2, len(sides)))]
+    down, right = ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))[rng.integers(5)]
+    top, left = int((clip.shape[-2] - height) * down), int((clip.shape[-1] - width) * right)
+    clip = _resize(clip[..., top:top + height, left:left + width], size, size)  # (T, 3, size, size)
+    if rng.random() < flip:
+        clip = clip.flip(-1)
+    if rng.random() < jitter:
+        brightness, contrast, saturation, hue = rng.uniform(-1, 1, 4) * strengths
+        clip = _recolour(clip, 1 + brightness, 1 + contrast, 1 + saturation, hue)
+    return _recolour(clip, saturation=0) if rng.random() < grey else clip
+
+
+def _recolour(clip, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0):
+    """rgb' = brightness (contrast S(saturation) R(hue) rgb + (1 - contrast) m), m the clip's mean grey.
+
+    [ours] the four colour changes as one linear map: S blends with grey, R turns about the grey axis by `hue` turns.
+    """
+    luma, turn = torch.tensor(LUMA), 2 * np.pi * hue
+    a, b, c = ((1 + 2 * np.cos(turn + third)) / 3 for third in (0, 2 * np.pi / 3, -2 * np.pi / 3))
+    rotate = torch.tensor([[a, b, c], [c, a, b], [b, c, a]], dtype=torch.float32)
+    desaturate = saturation * torch.eye(3) + (1 - saturation) * luma  # (3, 3): every row of the second term is luma
+    pixels = clip.float().flatten(2)  # (T, 3, H*W)
+    grey = luma @ pixels.mean((0, 2))
+    pixels = brightness * contrast * (desaturate @ rotate) @ pixels + brightness * (1 - contrast) * grey
+    return pixels.round_().clamp_(0, 255).byte().view(clip.shape)
+
+
+def mix_draw(rng, size, mixup=0.8, cutmix=1.0, switch=0.5):
+    """One draw per optimiser step: (lambda, box), box (top, bottom, left, right) in pixels for cutmix, None for mixup.
+
+    mixup, cutmix: the a of lambda ~ Beta(a, a), 0 for never; switch: the probability of cutmix where both are on.
+    With cutmix, lambda is 1 - the true area of the box, of which the border may cut some off.
+    """
+    if cutmix and (not mixup or rng.random() < switch):
+        half = size * np.sqrt(1 - rng.beta(cutmix, cutmix)) / 2
+        centre = rng.integers(size, size=2)
+        low, high = np.clip(np.rint([centre - half, centre + half]), 0, size).astype(int)
+        box = int(low[0]), int(high[0]), int(low[1]), int(high[1])
+        return float(1 - np.prod(high - low) / size**2), box
+    return float(rng.beta(mixup, mixup)) if mixup else 1.0, None
+
+
+def mix_pairs(video, targets, lam, box):
+    """Mix each clip with its neighbour: video (B, T, 3, R, R) float, targets (B, C) -> the same shapes.
+
+    mixup: lam x_i + (1 - lam) x_j. cutmix: the box of x_i comes from x_j. Targets: as mixup.
+    [ours] j = i^1 and one lambda per optimiser step: dealt out in parts of even length, to processes or to accumulation
+    steps, a batch gives the same data. A last odd clip stays as it is.
+    """
+    partner = (torch.arange(len(video), device=video.device) ^ 1).clamp(max=len(video) - 1)
+    if box is None:
+        mixed = torch.lerp(video[partner], video, lam)
+    else:
+        top, bottom, left, right = box
+        mixed = video.clone()
+        mixed[..., top:bottom, left:right] = video[partner, ..., top:bottom, left:right]
+    return mixed, torch.lerp(targets[partner], targets, lam)
+
+
+def soft_targets(labels, classes, smoothing=0.0):
+    """labels (B,) -> (B, C) float: 1 - smoothing on the label, and smoothing spread evenly over all classes."""
+    return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
+
+
+# ---- annotations -----------------------------------------------------------------------------------------------------
+
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".gif", ".flv", ".wmv", ".3gp"}
+# The published lists (ViFi-CLIP, TC-CLIP): labels file, training list and test lists, and the page of the videos.
+PUBLISHED = {
+    "hmdb51": ("hmdb_51_labels.csv", "train1_few_shot_{shots}.txt", ("val1.txt", "val2.txt", "val3.txt"),
+               "https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database"),
+    "ucf101": ("ucf_101_labels.csv", "train1_few_shot_{shots}.txt", ("val1.txt", "val2.txt", "val3.txt"),
+               "https://www.crcv.ucf.edu/data/UCF101.php"),
+    "k400": ("kinetics_400_labels.csv", "train.txt", ("val.txt",), "https://github.com/cvdfoundation/kinetics-dataset"),
+    "k600": ("ZS_split{split}_K600.csv", "train.txt", ("ZS_split1_K600_eval.txt", "ZS_split2_K600_eval.txt",
+             "ZS_split3_K600_eval.txt"), "https://github.com/cvdfoundation/kinetics-dataset"),
+    "ssv2": ("ssv2_labels.csv", "train.txt", ("val.txt",), "https://www.qualcomm.com/developer/software/something-something-v-2-dataset"),
+}
+DATASETS = ("shapes", *PUBLISHED, "folder")
+
+
+@dataclass(frozen=True)
+class VideoList:
+    """Annotated videos: class names, and for each video its path and its label in [0, C)."""
+
+    classes: tuple
+    paths: tuple
+    labels: tuple
+
+    def keep(self, indices):
+        """The videos at these indices, classes unchanged."""
+        return VideoList(self.classes, tuple(self.paths[i] for i in indices), tuple(self.labels[i] for i in indices))
+
+    def only(self, classes):
+        """The videos of these labels, which are numbered anew from 0 in the order given."""
+        new = {label: i for i, label in enumerate(classes)}
+        kept = [i for i, label in enumerate(self.labels) if label in new]
+        return VideoList(tuple(self.classes[c] for c in classes), tuple(self.paths[i] for i in kept),
+                         tuple(new[self.labels[i]] for i in kept))
+
+
+def videos_below(folder):
+    """All video files below a folder, sorted; hidden files (._x.mp4 of a Mac) are none."""
+    return [Path(top, file) for top, folders, files in os.walk(folder) if not folders.sort()
+            for file in sorted(files) if not file.startswith(".") and Path(file).suffix.lower() in VIDEO_SUFFIXES]
+
+
+def class_folders(folder):
+    """A VideoList of folder/<class>/<video>. Raises ValueError where there is none."""
+    found = [(path, path.relative_to(folder).parts[0]) for path in videos_below(folder) if path.parent != Path(folder)]
+    if not found:
+        raise ValueError(f"{folder}: no videos; expected one folder per class with videos inside, <class>/<video>.mp4")
+    classes = sorted({name for _, name in found})
+    return VideoList(tuple(classes), tuple(path for path, _ in found), tuple(classes.index(name) for _, name in found))
+
+
+def read_labels(path):
+    """Class names of a labels file, CSV with the header `id,name` or JSON {"0": "name"}, in the order of their ids."""
+    path = Path(path)
+    try:
+        if path.suffix == ".json":
+            names = {int(key): name for key, name in json.loads(path.read_text("utf-8")).items()}
+        else:
+            with open(path, newline="", encoding="utf-8") as file:
+                names = {int(row["id"]): row["name"] for row in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not a labels file, which is CSV with the header id,name or JSON ({error!r})") from error
+    if not names or sorted(names) != list(range(len(names))):
+        raise ValueError(f"{path}: the ids must run from 0 without gaps; found {sorted(names)[:3]}...")
+    return tuple(names[i] for i in range(len(names)))
+
+
+def read_list(path, root, classes):
+    """A VideoList from a published list: a line is `path label`, split at its last space; paths are below `root`.
+
+    A video that is not at its path is looked for by its file name anywhere below `root` (the lists are flat, the
+    owners' archives are not). A video that is nowhere keeps its path, and fails by name when it is read.
+    """
+    paths, labels, by_name = [], [], None
+    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(" ")
+        if not name or not label.isdigit() or int(label) >= len(classes):
+            raise ValueError(f"{path}, line {number}: expected `path label` with a label below {len(classes)}: {line!r}")
+        video = Path(root, name)
+        if not video.is_file():
+            by_name = by_name or {file.name: file for file in videos_below(root)}
+            video = by_name.get(video.name, video)
+        paths.append(video)
+        labels.append(int(label))
+    if not any(video.is_file() for video in paths):
+        raise ValueError(f"{path}: none of its {len(paths)} videos is below {root}; unpack the videos there")
+    return VideoList(tuple(classes), tuple(paths), tuple(labels))
+
+
+def draw_shots(videos, shots, seed):
+    """`shots` videos of every class, drawn with `seed`. Raises ValueError where a class has fewer."""
+    rng, drawn = np.random.default_rng(seed), []
+    for label, name in enumerate(videos.classes):
+        members = [i for i, other in enumerate(videos.labels) if other == label]
+        if len(members) < shots:
+            raise ValueError(f"class {name!r} has {len(members)} training videos, fewer than shots={shots}")
+        drawn += sorted(rng.permutation(members)[:shots])
+    return videos.keep(drawn)
+
+
+def base_and_novel(videos):
+    """Labels of the base classes, the more frequent half [released], and of the novel ones, each in label order."""
+    count = np.bincount(videos.labels, minlength=len(videos.classes))
+    ranked = np.argsort(-count, kind="stable")
+    half = (len(ranked) + 1) // 2
+    return sorted(ranked[:half].tolist()), sorted(ranked[half:].tolist())
+
+
+def find_file(root, name, page):
+    """The file `name` in a dataset's folder. Raises ValueError that says where it is expected and where to get it."""
+    for folder in (root, root / "lists", root / "labels"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{root / name} is missing (also looked in lists/ and labels/): put the published list there and "
+                     f"the videos anywhere below {root}; the videos are from {page}")
+
+
+def check_root(dataset, root):
+    """The data folder as a Path. Raises ValueError where the dataset is unknown or nothing is there."""
+    root = Path(root)
+    if dataset not in DATASETS:
+        raise ValueError(f"dataset {dataset!r} is unknown; known are {', '.join(DATASETS)}")
+    if not root.is_dir() or not any(root.iterdir()):
+        where = {"shapes": "`python train.py --protocol fewshot` renders it", "folder": "one folder per class, with its videos"}
+        raise ValueError(f"{root}: no data there; {dataset} is expected in it, or in the folder that --data names: "
+                         + where.get(dataset, f"videos from {PUBLISHED[dataset][-1] if dataset in PUBLISHED else ''}"))
+    return root
+
+
+def load_tests(dataset, root, test_list="", labels=""):
+    """A dataset's test sets, {name: VideoList}: from test, val, base or novel/<class>/<video>, or the published lists."""
+    root = check_root(dataset, root)
+    folders = [name for name in ("base", "novel", "test", "val") if (root / name).is_dir()]
+    if folders and not test_list:
+        return {name: class_folders(root / name) for name in folders}
+    if dataset in ("folder", "shapes") and not test_list:
+        return {"test": class_folders(root)}
+    names, _, lists, page = PUBLISHED[dataset] if dataset in PUBLISHED else ("labels.csv", "", (), "your own lists")
+    found = [test_list] if test_list else [find_file(root, name, page) for name in lists]
+    return {Path(path).stem: read_list(path, root, read_labels(labels or find_file(root, names.format(split=i), page)))
+            for i, path in enumerate(found, 1)}
+
+
+def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list="", labels=""):
+    """Training videos and test sets of a protocol, (VideoList, {name: VideoList}).
+
+    fewshot: `shots` videos per class, as published or drawn with `seed`; the first test list alone, since the others
+    hold training clips. base2novel: `shots` of each base class, tests on base and novel. Others: all training videos.
+    """
+    root = check_root(dataset, root)
+    tests = load_tests(dataset, root, test_list, labels)
+    if (root / "train").is_dir() and not train_list:
+        train = class_folders(root / "train")
+    elif dataset == "folder" and not train_list:  # one's own class folders: what is not drawn for training is the test
+        everything = class_folders(root)
+        train = draw_shots(everything, shots, seed)
+        drawn = set(train.paths)
+        tests = {"test": everything.keep([i for i, path in enumerate(everything.paths) if path not in drawn])}
+        if not tests["test"].paths:
+            raise ValueError(f"{root}: shots={shots} takes every video for training and leaves none to test on")
+    else:
+        names, lists, _, page = PUBLISHED[dataset] if dataset in PUBLISHED else ("labels.csv", "train.txt", (), "your own")
+        train = read_list(train_list or find_file(root, lists.format(shots=shots), page), root,
+                          read_labels(labels or find_file(root, names.format(split=1), page)))
+    if protocol in ("fewshot", "base2novel") and dataset != "folder":
+        tests = tests if "base" in tests else dict([next(iter(tests.items()))])
+    if protocol == "base2novel" and "novel" not in tests:
+        halves, whole = base_and_novel(train), next(iter(tests.values()))
+        train, tests = train.only(halves[0]), dict(zip(("base", "novel"), (whole.only(half) for half in halves)))
+    if protocol in ("fewshot", "base2novel") and not train_list:
+        train = draw_shots(train, shots, seed)
+    return train, tests
+
+
+# ---- loaders ---------------------------------------------------------------------------------------------------------
+
+MEANS = {"imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),  # [released] TC-CLIP, ILA and ViFi-CLIP
+         "clip": ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305))}  # OpenAI's own
+
+
+@dataclass(frozen=True)
+class Views:
+    """How a video becomes a model's input at test time."""
+
+    frames: int = 16  # T
+    size: int = 224  # R in pixels
+    short_side: int = 256  # pixels, before the crop
+    sampling: str = "tsn"  # tsn: the middle of T equal segments; uniform: fixed intervals
+    clips: int = 1  # views in time
+    crops: int = 1  # views in space, 1 or 3
+    pixels: str = "imagenet"  # whose mean and standard deviation the pixels are normalised with
+
+
+def normalise(video, pixels="imagenet"):
+    """uint8 (...,3,R,R) -> float32 with zero mean and unit deviation over the data set `pixels` names."""
+    mean, std = (torch.tensor(values, device=video.device).view(3, 1, 1) for values in MEANS[pixels])
+    return (video.float() - mean) / std
+
+
+SAMPLERS = {"tsn": frame_indices, "uniform": uniform_indices}
+
+
+def read_test(path, v):
+    """The test-time views of a video, uint8 (V,T,3,R,R). Raises VideoError."""
+    return read_views(path, v.frames, v.size, v.clips, v.crops, v.short_side, SAMPLERS[v.sampling])
+
+
+class TestVideos(Dataset):
+    """Item i: its views, uint8 (V,T,3,R,R) or None, and what is wrong with the video, or None."""
+
+    def __init__(self, videos, views, keep=False):
+        self.videos, self.views, self.kept = videos, views, {} if keep else None
+
+    def __len__(self):
+        return len(self.videos.paths)
+
+    def __getitem__(self, i):
+        if self.kept and i in self.kept:
+            return self.kept[i]
+        try:
+            item = i, read_test(self.videos.paths[i], self.views), None
+        except VideoError as error:
+            item = i, None, str(error)
+        if self.kept is not None:
+            self.kept[i] = item
+        return item
+
+    def loader(self, indices, batch, workers):
+        """Batches of (indices, views (b,V,T,3,R,R), [(index, error)])."""
+        def collate(items):
+            good = [(i, clip) for i, clip, _ in items if clip is not None]
+            clips = torch.stack([clip for _, clip in good]) if good else torch.empty(0)
+            return [i for i, _ in good], clips, [(i, error) for i, clip, error in items if clip is None]
+        return DataLoader(Subset(self, indices), batch, collate_fn=collate, num_workers=workers)
+
+
+class TrainVideos(Dataset):
+    """Item (epoch, i, weight): an augmented clip of video i, all randomness drawn from (seed, epoch, i).
+
+    A video that cannot be read is replaced by another of the epoch, and reported. `augmentation` are the arguments of
+    `augment`. Raises VideoError where ten videos in a row cannot be read.
+    """
+
+    def __init__(self, videos, views, seed, augmentation, keep=False):
+        self.videos, self.views, self.seed, self.augmentation = videos, views, seed, augmentation
+        self.kept = {} if keep else None  # decoded clips, for worlds whose every clip is read whole
+
+    def __len__(self):
+        return len(self.videos.paths)
+
+    def __getitem__(self, key):
+        epoch, i, weight = key
+        rng, bad = np.random.default_rng([self.seed, epoch, i]), []
+        while True:
+            try:
+                clip = augment(self.read(i, rng), self.views.size, rng, **self.augmentation)
+                return clip, self.videos.labels[i], weight, bad
+            except VideoError as error:
+                bad.append(str(error))
+                if len(bad) == 10:
+                    raise VideoError("ten videos in a row cannot be read, the first is " + bad[0]) from error
+                i = int(rng.integers(len(self)))
+
+    def read(self, i, rng):
+        if self.kept and i in self.kept:
+            return self.kept[i]
+        sample = SAMPLERS[self.views.sampling]
+        clip = read_frames(self.videos.paths[i], lambda total: sample(total, self.views.frames, True, rng),
+                           self.views.short_side)  # (T,3,h,w)
+        if self.kept is not None:
+            self.kept[i] = clip
+        return clip
+
+    def loader(self, batches, workers):
+        """Batches of (clips (b,T,3,R,R) uint8, labels (b,), weights (b,), errors) for lists of (epoch, i, weight)."""
+        def collate(items):
+            clips, labels, weights, bad = zip(*items)
+            return torch.stack(clips), torch.tensor(labels), torch.tensor(weights), [error for b in bad for error in b]
+        return DataLoader(self, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+
+
+# ---- the miniature world ---------------------------------------------------------------------------------------------
+
+SIDE, CLIP_FRAMES = 32, 8
+COLOURS = {"red": (215, 40, 40), "cyan": (60, 205, 215), "purple": (150, 55, 200),
+           "yellow": (225, 210, 50), "blue": (45, 75, 225), "green": (45, 170, 60)}
+SIZES = {"small": 4.5, "big": 8.0}  # radius in pixels, +- 1
+PLACES = {"left": (16, 8), "right": (16, 24), "top": (8, 16), "bottom": (24, 16), "middle": (16, 16)}  # (y, x), +- 1.5
+SHAPES = {  # is the point inside? y downwards and x, in units of the shape's radius
+    "circle": lambda y, x: y * y + x * x <= 1,
+    "square": lambda y, x: np.maximum(abs(y), abs(x)) <= 0.85,
+    "triangle": lambda y, x: (abs(y) <= 0.9) & (abs(x) <= (y + 0.9) / 1.8),
+    "cross": lambda y, x: (np.minimum(abs(y), abs(x)) <= 0.35) & (np.maximum(abs(y), abs(x)) <= 1)}
+
+
+def shapes_classes():
+    """The class names (base, novel): 20 and 10."""
+    order = list(COLOURS)
+    pairs = [(abs(order.index(a) - order.index(b)) == 1, f"{a} to {b}") for a, b in permutations(order, 2)]
+    return [name for novel, name in pairs if not novel], [name for novel, name in pairs if novel]
+
+
+def opposite(name):
+    """The class of the reversed clip: "red to blue" -> "blue to red"."""
+    return " to ".join(reversed(name.split(" to ")))
+
+
+def paint(rng, size, shape, place, colours):
+    """Frames of one scene: a striped ground, 0 to 2 grey distractors, the shape, pixel noise -> uint8 (T,32,32,3).
+
+    colours (T,3), in [0,255], are the shape's in each frame. It drifts by up to a pixel; only the noise is new each frame.
+    """
+    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)  # (R,R)
+    stripes = np.sin(x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1) + rng.uniform(0, 6))
+    ground = 0.3 * rng.uniform(70, 185, 3) + 0.7 * rng.uniform(70, 185)  # greyish
+    canvas = ground + stripes[..., None] * rng.uniform(5, 25)  # (R,R,3)
+    for _ in range(rng.integers(3)):
+        kind, radius, (cy, cx) = rng.choice(list(SHAPES)), rng.uniform(2, 3.5), rng.uniform(2, SIDE - 2, 2)
+        canvas[SHAPES[kind]((y - cy) / radius, (x - cx) / radius)] = rng.uniform(20, 235)
+    radius, drift = SIZES[size] + rng.uniform(-1, 1), np.linspace(-0.5, 0.5, len(colours))[:, None] * rng.uniform(-1, 1, 2)
+    centre = PLACES[place] + rng.uniform(-1.5, 1.5, 2) + drift  # (T,2)
+    cy, cx = centre.T[..., None, None].astype(np.float32)  # (T,1,1)
+    inside = SHAPES[shape]((y - cy) / radius, (x - cx) / radius)  # (T,R,R)
+    tint = np.asarray(colours) + rng.uniform(-15, 15, 3)  # (T,3)
+    frames = np.where(inside[..., None], tint[:, None, None], canvas)  # (T,R,R,3)
+    frames = frames + 8 * rng.standard_normal(frames.shape, np.float32)
+    return frames.clip(0, 255).astype(np.uint8)
+
+
+def render_still(rng):
+    """A still picture uint8 (32,32,3), and what is true of it: a word each for size, colour, shape and place."""
+    truth = tuple(words[rng.integers(len(words))] for words in map(list, (SIZES, COLOURS, SHAPES, PLACES)))
+    size, colour, shape, place = truth
+    return paint(rng, size, shape, place, [COLOURS[colour]])[0], truth
+
+
+def render_clip(rng, name):
+    """A clip of class `name` -> uint8 (8,32,32,3): the colour changes once, about the middle, within up to 3 frames."""
+    first, last = (np.array(COLOURS[colour]) for colour in name.split(" to "))
+    size, shape, place = (words[rng.integers(len(words))] for words in map(list, (SIZES, SHAPES, PLACES)))
+    middle, width = rng.uniform(2.5, 4.5), rng.uniform(0.1, 3)  # so that frame 0 is all `first`, frame 7 all `last`
+    mix = ((np.arange(CLIP_FRAMES) - middle) / width + 0.5).clip(0, 1)[:, None]  # (T,1)
+    return paint(rng, size, shape, place, (1 - mix) * first + mix * last)
+
+
+def write_clip(path, frames):
+    """Write uint8 frames (T,R,R,3) as h264 in mp4. Every frame is an IDR frame of one quantiser: coded for itself alone,
+    it decodes to the same pixels wherever in a video it stands."""
+    with av.open(str(path), "w") as container:
+        options = {"qp": "10", "g": "1", "preset": "ultrafast", "threads": "1"}
+        stream = container.add_stream("h264", rate=8, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+
+
+def write_shapes(folder, seed, shots_max=16, base_clips=10, novel_clips=20):
+    """Render the world into folder/{train,base,novel}/<class>/<number>.mp4; a clip depends on `seed` and its name alone.
+
+    train: `shots_max` clips of each base class. base, novel: test clips, `base_clips` and `novel_clips` per class, and as
+    many reversed ones: base/blue to red/003r.mp4 is base/red to blue/003.mp4 backwards. The folder appears when it is
+    complete. Raises ValueError if it exists.
+    """
+    folder, (base, novel) = Path(folder), shapes_classes()
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; delete it to render the miniature world anew")
+    clips = [(split, name, i) for split, names, count in (("train", base, shots_max), ("base", base, base_clips),
+                                                          ("novel", novel, novel_clips)) for name in names for i in range(count)]
+    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+    try:
+        for split, name, i in tqdm(clips, desc="rendering the miniature world", unit="clip"):
+            rng = np.random.default_rng([seed, *f"{split}/{name}/{i}".encode()])
+            frames, targets = render_clip(rng, name), [(name, f"{i:03d}.mp4", 1), (opposite(name), f"{i:03d}r.mp4", -1)]
+            for owner, file, step in targets[:1 if split == "train" else 2]:
+                (partial / split / owner).mkdir(parents=True, exist_ok=True)
+                write_clip(partial / split / owner / file, frames[::step])
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

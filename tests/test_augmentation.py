@@ -1,0 +1,196 @@
+"""Augmentation acts on all frames alike, does nothing when told so, and mixing keeps its pairs and its sums."""
+import colorsys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import _recolour, _resize, augment, mix_draw, mix_pairs, soft_targets
+
+few = settings(deadline=None, max_examples=40)
+seeds = st.integers(0, 2**32 - 1)
+sides = st.integers(8, 40)
+EVERYTHING = dict(flip=0.5, jitter=0.8, grey=0.2, shift=0.125)
+NOTHING = dict(scales=(1,))
+
+
+def noise(*shape, seed=0):
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def generator(seed):
+    return np.random.default_rng(seed)
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+@few
+@given(seeds, st.integers(1, 4), sides, sides, st.integers(4, 40))
+def test_shape_type_and_repeatability(seed, frames, height, width, size):
+    clip = noise(frames, 3, height, width)
+    kept = clip.clone()
+    first, second = (augment(clip, size, generator(seed), **EVERYTHING) for _ in range(2))
+    assert first.shape == (frames, 3, size, size) and first.dtype == torch.uint8
+    assert torch.equal(first, second) and torch.equal(clip, kept)
+
+
+@few
+@given(seeds, sides, sides)
+def test_all_frames_get_the_same_transform(seed, height, width):
+    still = noise(1, 3, height, width).expand(5, -1, -1, -1)
+    clip = augment(still, 16, generator(seed), **EVERYTHING)
+    assert (clip == clip[:1]).all()
+    moving = noise(5, 3, height, width)  # contrast refers to the clip's mean; all else is done to each frame by itself
+    changes = dict(flip=0.5, jitter=1.0, grey=0.2, shift=0.125, strengths=(0.4, 0, 0.2, 0.1))
+    whole = augment(moving, 16, generator(seed), **changes)
+    alone = torch.cat([augment(frame[None], 16, generator(seed), **changes) for frame in moving])
+    assert (whole.int() - alone.int()).abs().max() <= 1
+
+
+@few
+@given(seeds, sides)
+def test_no_op_changesare_the_identity(seed, side):
+    clip = noise(2, 3, side, side)
+    assert torch.equal(augment(clip, side, generator(seed), **NOTHING), clip)
+    no_strength = dict(jitter=1.0, strengths=(0, 0, 0, 0))
+    assert torch.equal(augment(clip, side, generator(seed), **NOTHING, **no_strength), clip)
+
+
+@few
+@given(seeds, sides)
+def test_flipping_twice_is_the_identity(seed, side):
+    clip = noise(2, 3, side, side)
+    once = augment(clip, side, generator(seed), flip=1.0, **NOTHING)
+    assert torch.equal(once, clip.flip(-1))
+    assert torch.equal(augment(once, side, generator(seed), flip=1.0, **NOTHING), clip)
+
+
+def test_probabilities_are_kept():
+    clip = noise(1, 3, 8, 8)
+    flips = [torch.equal(augment(clip, 8, generator(seed), flip=0.3, **NOTHING), clip.flip(-1)) for seed in range(600)]
+    results = [augment(clip, 8, generator(seed), grey=0.3, **NOTHING) for seed in range(600)]
+    greys = [bool((result == result[:, :1]).all()) for result in results]
+    assert abs(np.mean(flips) - 0.3) < 0.08 and abs(np.mean(greys) - 0.3) < 0.08  # 4 standard deviations
+
+
+def test_crops_take_every_scale_and_place():
+    """On coordinates as colours, the crop is read off the result: sides from the list, one step apart, five places."""
+    height, width, scales = 48, 64, (1, 0.75, 0.5)
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    clip = torch.stack([y, x, x], 0)[None].byte()
+    seen = set()
+    for seed in range(400):
+        crop = augment(clip, 96, generator(seed), scales=scales)[0]
+        (top, bottom), (left, right) = crop[0].aminmax(), crop[1].aminmax()
+        seen.add((int(top), int(left), int(bottom - top) + 1, int(right - left) + 1))
+    steps = [(48, 48), (48, 36), (36, 48), (36, 36), (36, 24), (24, 36), (24, 24)]
+    places = [(0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5)]
+    assert seen == {(int((height - h) * v), int((width - w) * u), h, w) for h, w in steps for v, u in places}
+
+
+@few
+@given(seeds, sides, st.sampled_from([0.0, 0.125, 0.3]))
+def test_shift_moves_and_repeats_the_border(seed, side, shift):
+    clip = noise(2, 3, side, side)
+    moved = augment(clip, side, generator(seed), shift=shift, **NOTHING)
+    reach, here = int(shift * side), np.arange(side)
+    shifted = {(dy, dx): clip[..., np.clip(here + dy, 0, side - 1), :][..., np.clip(here + dx, 0, side - 1)]
+               for dy in range(-reach, reach + 1) for dx in range(-reach, reach + 1)}
+    assert any(torch.equal(moved, other) for other in shifted.values())
+
+
+# ---------------------------------------------------------------- colours
+
+
+def test_each_colour_change_does_what_it_says():
+    clip = noise(2, 3, 9, 9) // 2
+    pixels = clip.double()
+    luma = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
+    grey = (pixels * luma[:, None, None]).sum(1, keepdim=True)
+    for factor in (0.6, 1.0, 1.4):
+        for got, wanted in ((_recolour(clip, brightness=factor), factor * pixels),
+                            (_recolour(clip, contrast=factor), factor * pixels + (1 - factor) * grey.mean()),
+                            (_recolour(clip, saturation=factor), factor * pixels + (1 - factor) * grey)):
+            assert (got - wanted.clamp(0, 255)).abs().max() <= 0.51
+    assert torch.equal(_recolour(clip, hue=1 / 3), clip.roll(1, 1))  # red becomes green, green blue, blue red
+    assert torch.equal(_recolour(clip, hue=1.0), clip)
+
+
+def test_hue_turns_as_hsv_does():
+    red = torch.tensor([200, 50, 50], dtype=torch.uint8).view(1, 3, 1, 1)
+    for hue in (-0.1, -0.05, 0.05, 0.1):
+        turned = colorsys.rgb_to_hsv(*(_recolour(red, hue=hue).flatten() / 255).tolist())[0]
+        assert abs((turned - hue + 0.5) % 1 - 0.5) < 0.02
+
+
+@few
+@given(seeds, st.floats(0.6, 1.4), st.floats(-0.5, 0.5))
+def test_grey_stays_grey(seed, saturation, hue):
+    clip = noise(1, 1, 5, 5, seed=seed).expand(2, 3, 5, 5)
+    assert (_recolour(clip, 1, 1, saturation, hue).int() - clip.int()).abs().max() <= 1
+
+
+def test_resizing_keeps_flat_colours_and_its_own_size():
+    flat = torch.full((2, 3, 20, 30), 77, dtype=torch.uint8)
+    assert (_resize(flat, 7, 50) == 77).all() and _resize(flat, 20, 30) is flat
+
+
+# ---------------------------------------------------------------- mixing
+
+
+@few
+@given(seeds, st.integers(1, 64), st.sampled_from([(0.8, 1.0), (0.8, 0.0), (0.0, 1.0), (0.0, 0.0)]))
+def test_lambda_is_the_share_of_the_own_clip(seed, size, alphas):
+    lam, box = mix_draw(generator(seed), size, *alphas)
+    assert (lam, box) == mix_draw(generator(seed), size, *alphas) and 0 <= lam <= 1
+    assert (box is None) if not alphas[1] else (box is not None or alphas[0])
+    if not any(alphas):
+        assert lam == 1
+    if box is not None:
+        top, bottom, left, right = box
+        assert 0 <= top <= bottom <= size and 0 <= left <= right <= size
+        assert lam == pytest.approx(1 - (bottom - top) * (right - left) / size**2)
+        video = torch.arange(2.0).view(2, 1, 1, 1, 1).expand(2, 2, 3, size, size)
+        mixed, targets = mix_pairs(video, torch.eye(2), lam, box)
+        assert mixed[0].mean().item() == pytest.approx(1 - lam, abs=1e-5)
+        assert targets[0].tolist() == pytest.approx([lam, 1 - lam], abs=1e-6)
+
+
+def test_switch_chooses_between_the_two():
+    for switch in (0.0, 0.3, 1.0):
+        cuts = [mix_draw(generator(seed), 32, switch=switch)[1] is not None for seed in range(600)]
+        assert abs(np.mean(cuts) - switch) < 0.08
+    lambdas = np.array([mix_draw(generator(seed), 32, cutmix=0)[0] for seed in range(2000)])
+    assert abs(lambdas.mean() - 0.5) < 0.03 and abs(lambdas.var() - 1 / (4 * 2.6)) < 0.01  # Beta(0.8, 0.8)
+
+
+@few
+@given(seeds, st.integers(1, 7), st.booleans())
+def test_pairs_never_cross(seed, batch, cut):
+    rng = generator(seed)
+    lam, box = mix_draw(rng, 8, mixup=0 if cut else 0.8, cutmix=1.0 if cut else 0)
+    video = torch.rand(batch, 2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    targets = soft_targets(torch.from_numpy(rng.integers(0, 5, batch)), 5, 0.1)
+    kept = video.clone(), targets.clone()
+    mixed, soft = mix_pairs(video, targets, lam, box)
+    assert torch.equal(video, kept[0]) and torch.equal(targets, kept[1])
+    assert mixed.shape == video.shape and torch.allclose(soft.sum(1), torch.ones(batch))
+    for i in range(0, batch - 1, 2):  # any pair by itself gives the same: the batch may be dealt out in even parts
+        alone, alone_soft = mix_pairs(video[i:i + 2], targets[i:i + 2], lam, box)
+        assert torch.equal(mixed[i:i + 2], alone) and torch.equal(soft[i:i + 2], alone_soft)
+    if batch % 2:
+        assert torch.equal(mixed[-1], video[-1]) and torch.equal(soft[-1], targets[-1])
+    if not cut and batch > 1:
+        assert torch.allclose(mixed[0], lam * video[0] + (1 - lam) * video[1], atol=1e-6)
+        assert torch.allclose(mixed[1], lam * video[1] + (1 - lam) * video[0], atol=1e-6)
+
+
+@few
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.sampled_from([0.0, 0.1, 0.3]))
+def test_soft_targets(labels, smoothing):
+    targets = soft_targets(torch.tensor(labels), 7, smoothing)
+    assert targets.shape == (len(labels), 7) and torch.allclose(targets.sum(1), torch.ones(len(labels)))
+    assert targets.argmax(1).tolist() == labels and targets.min().item() == pytest.approx(smoothing / 7)

@@ -1,0 +1,254 @@
+"""Training: recipes, schedule, the order of the data, resuming, many processes, bad videos, wrong use."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import SHARED, shared_weights, tiny_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import eval as evaluation
+import train
+from clip_vit import read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+TOY = ["epochs=2", "shots=4", "batch=6", "micro_batch=4", "eval_every=1", "lr=1e-3", "jitter=0.5", "mixup=0.8", "cutmix=1.0"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small rendering of the miniature world, with a CLIP of random weights."""
+    root = tmp_path_factory.mktemp("world") / "shapes"
+    data.write_shapes(root, seed=1, shots_max=4, base_clips=1, novel_clips=1)
+    torch.save(tiny_clip().state_dict(), root / "clip.pt")
+    return root
+
+
+def arguments(world, out, *more, method="tc", protocol="fewshot"):
+    method = ["--method", method] if method else []
+    return ["--protocol", protocol, *method, "--data", str(world), "--out", str(out), "--set", *TOY, *more]
+
+
+def run(world, out, *more, **kind):
+    train.main(train.parse_args(arguments(world, out, *more, **kind)))
+    return json.loads((out / "results.json").read_text())
+
+
+def command(script, *words, processes=None, **kind):
+    """Runs a script as a user does; several processes through torchrun."""
+    start = [sys.executable] if processes is None else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.run([*start, str(ROOT / script), *map(str, words)], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **kind)
+
+
+def weights(folder, name="last.pt"):
+    return read_checkpoint(folder / name)["model"]
+
+
+# ---- recipes and schedule --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("protocol, epochs, warmup, lr, lowest, batch, clips, crops", [
+    ("zeroshot", 10, 5, 8e-6, 8e-8, 256, 2, 1), ("fewshot", 50, 5, 2e-6, 2e-8, 64, 2, 1),
+    ("base2novel", 12, 2, 3.33e-6, 3.33e-8, 64, 2, 1), ("supervised", 30, 5, 2.2e-5, 2.2e-7, 512, 4, 3)])
+def test_the_papers_recipes(protocol, epochs, warmup, lr, lowest, batch, clips, crops):
+    r = train.resolve_recipe(protocol, "tc", "k400")
+    assert (r.epochs, r.warmup_epochs, r.lr, r.lr_min, r.batch, r.clips, r.crops) == (epochs, warmup, lr, lowest, batch, clips, crops)
+    assert (r.weight_decay, r.new_lr, r.smoothing, r.mixup, r.cutmix, r.switch) == (0.001, 10, 0.1, 0.8, 1.0, 0.5)
+    assert (r.flip, r.scales, r.jitter, r.grey, r.seed, r.frames) == (0.5, (1, 0.875, 0.75, 0.66), 0.8, 0.2, 1024, 16)
+    assert train.resolve_recipe(protocol, "tc", "ssv2").flip == 0  # left and right are classes there
+
+
+def test_overrides_are_checked():
+    r = train.resolve_recipe("fewshot", "tc", "hmdb51", settings=["lr=1e-4", "merge=kmeans", "reference_blocks=8,9", "keep_best=false"])
+    assert r.lr == 1e-4 and r.model == {"merge": "kmeans", "reference_blocks": (8, 9)} and r.keep_best is False
+    for wrong, words in (("lr=fast", "a number"), ("epochs=2.5", "a whole number"), ("keep_best=1", "true or false"),
+                         ("colour=red", "known are"), ("scales=a,b", "with commas")):
+        with pytest.raises(ValueError, match=words):
+            train.resolve_recipe("fewshot", "tc", "hmdb51", settings=[wrong])
+
+
+@given(st.integers(2, 60), st.floats(0.5, 20), st.sampled_from(["released", "continuous"]))
+def test_schedules_rise_then_fall(total, warmup, schedule):
+    warmup = min(warmup, total - 1)
+    rates = [train.learning_rate(t, total, warmup, 1.0, 0.01, schedule) for t in np.linspace(0, total, 200)]
+    peak = int(np.searchsorted(np.linspace(0, total, 200), warmup))
+    assert rates[0] == 0 and abs(rates[-1] - 0.01) < 1e-9 and max(rates) <= 1
+    assert all(a <= b for a, b in zip(rates[:peak], rates[1:peak])) and all(a >= b for a, b in zip(rates[peak:], rates[peak + 1:]))
+
+
+def test_the_released_schedule_and_groups():
+    shared_weights()
+    figures = np.load(SHARED / "parity" / "j_schedule.npz")
+    notes = json.loads((SHARED / "parity" / "j_schedule.json").read_text())
+    lr, lowest, per_epoch = notes["lr"], notes["lr_min"], notes["steps_per_epoch"]
+    total, warmup = notes["epochs"] * per_epoch, notes["warmup_epochs"] * per_epoch
+    for accumulation in ("acc1", "acc2"):
+        steps = figures[f"step_{accumulation}"]
+        before = [0, *steps[:-1]]  # a rate is set after each step, at that step's number, for the next
+        ours = [[train.learning_rate(t, total, warmup, multiple * lr, lowest) for multiple in (1, 10)] for t in before]
+        np.testing.assert_allclose(ours, figures[f"lr_used_{accumulation}"], rtol=1e-12)
+    recipe = train.resolve_recipe("zeroshot", "tc", "k400")
+    model = evaluation.build_model("tc", tiny_clip(), 16, {"prompt": "a pic"})
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, recipe), lr=recipe.lr)
+    used = []
+    for step in range(total):
+        train.set_rates(optimizer, dataclasses.replace(recipe, epochs=notes["epochs"]), step, per_epoch)
+        used.append([group["lr"] for group in optimizer.param_groups])
+    np.testing.assert_allclose(used, figures["lr_used_acc1"], rtol=1e-12)
+    names = {id(p): name for name, p in model.named_parameters()}
+    ours = {group["multiple"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+    assert ours[10] == {name for name in names.values() if name.startswith(("vectors", "prompt_layers"))}
+    theirs = [name for group in notes["groups"] if group["lr_multiplier"] == 1 for name in group["names"]]
+    for part in ("logit_scale", "local_global_bias", "text_encoder.positional_embedding", "ln_final", "image_encoder.proj"):
+        ours_part = part.replace("text_encoder.", "clip.").replace("image_encoder.", "clip.visual.")
+        assert any(part in name for name in theirs) and any(ours_part in name for name in ours[1]), part
+    assert all(group["weight_decay"] == 0.001 for group in notes["groups"] + optimizer.param_groups)
+    assert "clip.token_embedding.weight" not in ours[1] and not any("token_embedding" in name for name in theirs)
+
+
+# ---- the order of the data -------------------------------------------------------------------------------------------
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5), st.integers(1, 4).map(lambda n: 2 * n), st.integers(0, 3))
+@settings(max_examples=150)
+def test_processes_and_micro_batches_never_change_the_data(count, batch, world, micro, epoch):
+    recipe = dataclasses.replace(train.resolve_recipe("fewshot", "tc", "hmdb51"), batch=2 * batch, micro_batch=micro)
+    whole = train.epoch_batches(dataclasses.replace(recipe, micro_batch=10**6), count, epoch)
+    shares = [train.epoch_batches(recipe, count, epoch, rank, world) for rank in range(world)]
+    assert sorted(i for step in whole for part in step for _, i, _ in part) == list(range(count))
+    for step, parts in enumerate(whole):
+        mine = [share[step] for share in shares]
+        assert len({len(part) for part in mine}) == 1  # all processes get equally many micro-batches
+        real = [video for share in mine for part in share for video in part if video[2]]
+        assert real == parts[0]
+        pairs = {frozenset(v[1] for v in parts[0][i:i + 2]) for i in range(0, len(parts[0]), 2)}
+        mixed = {frozenset(v[1] for v in part[i:i + 2]) for share in mine for part in share if part[0][2]
+                 for i in range(0, len(part), 2)}
+        assert pairs == mixed  # and neighbours, which are mixed, stay together
+
+
+def test_two_processes_give_the_weights_of_one(world, tmp_path):
+    run(world, tmp_path / "one")
+    done = command("train.py", *arguments(world, tmp_path / "two"), processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max(float((one[k].float() - two[k].float()).abs().max()) for k in one) < 1e-5
+    moved = read_checkpoint(world / "clip.pt")  # and they did learn something
+    assert max(float((one[f"clip.{k}"] - moved[k]).abs().max()) for k in moved) > 1e-3
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+def test_a_killed_run_goes_on_bit_by_bit(world, tmp_path):
+    more = ["save_every=3", "epochs=3"]
+    words = arguments(world, tmp_path / "killed", *more)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words], stderr=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    saved = tmp_path / "killed" / "last.pt"
+    began = time.time()
+    while not saved.exists() and time.time() - began < 120:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    step = read_checkpoint(saved)["progress"]["step"]
+    assert step % 14 and not (tmp_path / "killed" / "results.json").exists()  # in the middle of an epoch of 14 steps
+    killed = run(world, tmp_path / "killed", *more)
+    whole = run(world, tmp_path / "whole", *more)
+    one, two = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert killed["tests"] == whole["tests"]
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("killed", "whole")]
+    assert [[line["loss"], line["top1"]] for line in logs[0]] == [[line["loss"], line["top1"]] for line in logs[1]]
+    assert run(world, tmp_path / "whole", *more) == whole  # done is done
+
+
+def test_a_broken_write_leaves_the_last_good_state(tmp_path):
+    path = tmp_path / "last.pt"
+    train.save(path, {"step": 1})
+
+    def write(file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+    with pytest.raises(OSError, match="space"):
+        train.write_atomically(path, write)
+    assert read_checkpoint(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_other_runs_are_not_touched(world, tmp_path):
+    run(world, tmp_path / "a", "epochs=1")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    with pytest.raises(ValueError, match="another run, with lr=0.001"):
+        run(world, tmp_path / "a", "epochs=1", "lr=1e-4")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        run(world, tmp_path / "b")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["thesis.txt"]
+
+
+# ---- bad videos ------------------------------------------------------------------------------------------------------
+
+def spoiled(world, root, count):
+    """A copy of the world in which `count` training clips hold no video."""
+    for split in ("train", "base", "novel"):
+        for path in data.videos_below(world / split):
+            target = root / path.relative_to(world)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(path)
+    (root / "clip.pt").symlink_to(world / "clip.pt")
+    for path in data.videos_below(root / "train")[:count]:
+        path.unlink()
+        path.write_bytes(b"not a video")
+    return root
+
+
+def test_bad_training_videos_are_replaced_and_named(world, tmp_path):
+    root = spoiled(world, tmp_path / "data", 2)
+    result = run(root, tmp_path / "run", "epochs=1")
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert len(line["bad"]) == 2 and all("train" in error and ".mp4: " in error for error in line["bad"])
+    assert result["bad"] == line["bad"]
+
+
+def test_too_many_bad_videos_stop_the_run(world, tmp_path):
+    root = spoiled(world, tmp_path / "data", 8)
+    with pytest.raises(ValueError, match="8 of 80 videos cannot be read.*000.mp4"):
+        run(root, tmp_path / "run", "epochs=1")
+
+
+# ---- every method and protocol, and wrong use --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("protocol, method", [(p, "tc") for p in train.PROTOCOLS[::2]] + [("base2novel", "vifi")])
+def test_protocols(world, tmp_path, protocol, method):
+    result = run(world, tmp_path / "run", "epochs=1", "precision=bf16", protocol=protocol, method=method)
+    assert set(result["tests"]) == {"base", "novel"} and result["tests"]["base"]["videos"] == 40
+    assert ("harmonic_mean" in result) == (protocol == "base2novel")
+    assert {"recipe.json", "log.jsonl", "last.pt", "best.pt", "results.json", "curves.png"} <= {
+        p.name for p in (tmp_path / "run").iterdir()}
+    if method == "vifi":
+        assert result["tests"]["base"]["pairs"] == 0.5  # frame pooling cannot see the order of frames
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--dataset", "kinetics"], "known are shapes, hmdb51"), (["--dataset", "hmdb51", "--data", "nowhere"], "nowhere"),
+    (["--dataset", "folder", "--data", "."], "no data there"), (["--set", "shots=99"], "fewer than shots=99"),
+    (["--set", "lr"], "a number"), (["--clip", "ViT-B/17", "--set", "shots=4"], "ViT-B/16"), (["--set", "precision=fp8"], "precision"),
+    (["--method", "tc", "--set", "shots=4", "merge=mean"], "bipartite"), (["--out", "/proc/none/run", "--set", "shots=4"], "/proc/none")])
+def test_wrong_use_ends_in_one_line(world, tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    given_data = [] if "--data" in words or "--dataset" in words else ["--data", str(world)]
+    given_out = [] if "--out" in words else ["--out", str(tmp_path / "run")]
+    status = evaluation.run_command(train.main, lambda: train.parse_args(["--protocol", "fewshot", *given_data, *given_out, *words]))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and lines[-1].startswith("error: ") and said in lines[-1], lines
