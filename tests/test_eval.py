@@ -1,0 +1,213 @@
+"""Evaluation: metrics, exactness over processes, ensembling, single videos, pictures, checking, wrong use."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import MERGES, SHARED, shared_weights, tiny_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_train import command, run, world  # noqa: F401 (world is a fixture)
+
+import data
+import eval as evaluation
+from clip_vit import load_clip
+from video_prompt import TCCLIP, TCConfig
+
+NAMES = "red to blue, blue to red"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "tc"
+    run(world, folder, "epochs=1")
+    return folder / "best.pt"
+
+
+def evaluate(*words):
+    return evaluation.run_command(evaluation.main, lambda: evaluation.parse_args([*map(str, words), "--workers", "0"]))
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+@given(st.integers(1, 30), st.integers(2, 8), st.integers(0, 10**6))
+@settings(max_examples=50)
+def test_top_k_equals_sorting(n, C, seed):
+    rng = np.random.default_rng(seed)
+    probabilities, labels = rng.random((n, C)).astype(np.float32), rng.integers(C, size=n)
+    for k in (1, 2, C):
+        expected = np.mean([label in np.argsort(-row)[:k] for row, label in zip(probabilities, labels)])
+        assert abs(evaluation.top_k(probabilities, labels, k) - expected) < 1e-12
+    probabilities[0] = np.nan  # an unreadable video is wrong, never right
+    assert evaluation.top_k(probabilities, labels, C) == (n - 1) / n
+
+
+def test_inside_pairs():
+    classes = ("red to blue", "blue to red", "standing")
+    videos = data.VideoList(classes, ("a", "b", "c", "d"), (0, 1, 0, 2))
+    p = np.array([[.5, .2, .3], [.6, .1, .3], [.2, .2, .6], [0, 0, 1]], dtype=np.float32)
+    assert evaluation.inside_pairs(p, videos) == (1 + 0 + 0.5) / 3
+    assert evaluation.inside_pairs(p, data.VideoList(("x", "y", "z"), videos.paths, videos.labels)) is None
+
+
+def test_ensembling_mixes_clip_and_keeps_what_it_lacks():
+    clip = tiny_clip()
+    settings = dict(prompt="a pic", frames=3, positions="joint", context_tokens=4)
+    base, tuned = (TCCLIP(clip, TCConfig(**settings)).state_dict() for _ in range(2))
+    tuned = {name: value + 1 for name, value in tuned.items()}
+    for w in (0.0, 0.7, 1.0):
+        mixed = evaluation.ensemble(base, tuned, w)
+        for name, value in mixed.items():
+            expected = base[name] + w if name.startswith("clip.") or name == "vision.positions" else tuned[name]
+            torch.testing.assert_close(value, expected)
+
+
+@torch.no_grad()
+def test_released_ensembling():
+    from test_tc import released_model
+    weights = shared_weights()
+    figures = np.load(SHARED / "parity" / "i_wiseft.npz")
+    model, _ = released_model("tiny", frames=4)
+    base, tuned = model.state_dict(), {}
+    layout = json.loads((SHARED / "parity" / "released_layouts.json").read_text())["tc tiny T=4"]
+    fresh = {f"ft.{name}": weights.tensor(f"ft.{name}", shape) for name, shape in layout.items()}
+    fresh["ft.logit_scale"] = weights.tensor("ft.logit.bias", ())
+    from video_prompt import load_released
+    load_released(model, {name.removeprefix("ft."): value for name, value in fresh.items()})
+    tuned = {name: value.clone() for name, value in model.state_dict().items()}
+    base = released_model("tiny", frames=4)[0].state_dict()
+    model.load_state_dict(evaluation.ensemble(base, tuned, 0.7))
+    logits, _ = model.eval()(torch.from_numpy(weights.video(1, 4, 224)))
+    np.testing.assert_allclose(logits.numpy(), figures["logits"], rtol=0, atol=1e-9)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+def test_zeroshot_counts_every_video_once_on_any_number_of_processes(world, checkpoint):  # noqa: F811
+    words = ["--zeroshot", "shapes", "--data", world, "--checkpoint", checkpoint, "--workers", "0"]
+    one, three = command("eval.py", *words), command("eval.py", *words, processes=3)
+    assert one.returncode == three.returncode == 0, one.stderr + three.stderr
+    assert one.stdout == three.stdout
+    assert "base: 40 videos, 20 classes" in one.stdout and "novel: 20 videos, 10 classes" in one.stdout
+
+
+def test_zeroshot_of_vanilla_clip_and_of_an_ensemble(world, checkpoint, capsys):  # noqa: F811
+    assert evaluate("--zeroshot", "shapes", "--data", world) == 0
+    vanilla = capsys.readouterr().out
+    assert vanilla.count("inside reversed pairs 50.00") == 2
+    assert evaluate("--zeroshot", "shapes", "--data", world, "--checkpoint", checkpoint, "--ensemble", "0.7") == 0
+    assert "base: 40 videos" in capsys.readouterr().out
+
+
+def test_an_unreadable_test_video_is_wrong_and_named(world, tmp_path, capsys):  # noqa: F811
+    from test_train import spoiled
+    root = spoiled(world, tmp_path / "data", 0)
+    path = data.videos_below(root / "base")[0]
+    path.unlink()
+    path.write_bytes(b"")
+    assert evaluate("--zeroshot", "shapes", "--data", root) == 0
+    out = capsys.readouterr().out
+    assert f"unreadable, counted as wrong: {path}: " in out and "base: 40 videos" in out
+
+
+def test_a_video_its_classes_and_a_picture(world, checkpoint, tmp_path, capsys):  # noqa: F811
+    video, picture = data.videos_below(world / "base")[0], tmp_path / "seen.png"
+    assert evaluate("--video", video, "--classes", NAMES, "--checkpoint", checkpoint, "--picture", picture) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(video) and sorted(line.split("  ")[-1] for line in lines[1:]) == sorted(NAMES.split(", "))
+    assert abs(sum(float(line.split()[0]) for line in lines[1:]) - 1) < 2e-3
+    image = np.asarray(Image.open(picture))
+    assert image.shape[1] == 1600 and len(np.unique(image.reshape(-1, 3), axis=0)) > 500
+    classes = tmp_path / "classes.txt"
+    classes.write_text("red to blue\nblue to red\n")
+    assert evaluate("--video", video, video, "--classes", classes, "--clip", world / "clip.pt") == 0
+
+
+def test_the_source_map_is_drawn_where_the_patches_are():
+    """A seed's colour lies on its own patch, and on no other."""
+    frame, scores = torch.full((3, 64, 64), 128, dtype=torch.uint8), np.linspace(0, 1, 16)
+    seeds, group = np.array([5, 10]), np.array([0, 1])
+    colours = evaluation.context_colours(2)
+    painted = np.asarray(evaluation.context_strips(frame, scores, seeds, group, colours, 160)[3]).astype(int)
+    pale = painted[20, 20]
+    for patch in range(16):
+        y, x = patch // 4 * 40 + 20, patch % 4 * 40 + 20
+        assert (np.abs(painted[y, x] - pale).sum() > 30) == (patch in (5, 10)), patch
+    assert (colours[0] != colours[1]).any()
+
+
+def test_check_names_each_bad_video(tmp_path, world, capsys):  # noqa: F811
+    good = data.videos_below(world / "train")[0]
+    (tmp_path / "a.mp4").write_bytes(good.read_bytes())
+    assert evaluate("--check", tmp_path) == 0
+    (tmp_path / "b.mp4").write_bytes(b"nothing")
+    (tmp_path / "._c.mp4").write_bytes(b"not a video of ours")
+    assert evaluate("--check", tmp_path) == 1
+    out = capsys.readouterr().out
+    assert f"{tmp_path / 'b.mp4'}: " in out and "1 of 2 videos" in out
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--zeroshot", "shapes", "--data", "nowhere"], "nowhere"), (["--check", "nowhere"], "nowhere"),
+    (["--video", "x.mp4", "--classes", ","], "--classes"), (["--video", "x.mp4", "--classes", "a", "--clip", "{clip}"], "x.mp4"),
+    (["--video", "{video}", "--classes", "a,b", "--clip", "nowhere.pt"], "nowhere.pt"),
+    (["--video", "{video}", "--classes", "a,b", "--checkpoint", "{video}"], "refused"),
+    (["--video", "{video}", "--classes", "a,b", "--clip", "{clip}", "--picture", "p.png"], "TC-CLIP"),
+    (["--video", "{video}", "--classes", "a,b", "--clip", "{clip}", "--ensemble", "0.5"], "--checkpoint"),
+    (["--video", "{video}", "--classes", "a,b", "--checkpoint", "{tuned}", "--ensemble", "7"], "[0, 1]"),
+    (["--video", "{video}", "--classes", "a" * 40, "--checkpoint", "{tuned}"], "does not fit")])
+def test_wrong_use_ends_in_one_line(world, checkpoint, tmp_path, monkeypatch, capsys, words, said):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    names = dict(clip=world / "clip.pt", tuned=checkpoint, video=data.videos_below(world / "base")[0])
+    status = evaluate(*(word.format(**names) for word in words))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and lines[-1].startswith("error: ") and said in lines[-1], lines
+
+
+def test_wrong_flags_exit_2():
+    for words in ([], ["--zeroshot", "imagenet"], ["--video", "a.mp4"], ["--check"]):
+        done = subprocess.run([sys.executable, str(Path(evaluation.__file__)), *words], capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+# ---- real clips ------------------------------------------------------------------------------------------------------
+
+def test_real_clips_train_and_are_evaluated(tmp_path):
+    """The same command on real videos: a folder of class folders, made from the clips' manifest."""
+    if not (SHARED / "videos" / "real").is_dir():
+        pytest.skip("the real clips (../shared/videos/real) are not here")
+    for line in (SHARED / "videos" / "real" / "manifest.csv").read_text().splitlines()[1:]:
+        name, action = line.split(",")[:2]
+        for split in ("train", "test"):
+            folder = tmp_path / "data" / split / action
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(SHARED / "videos" / "real" / name)
+    torch.save(tiny_clip(context=77).state_dict(), tmp_path / "clip.pt")
+    done = command("train.py", "--protocol", "fewshot", "--method", "tc", "--dataset", "folder", "--data", tmp_path / "data",
+                   "--clip", tmp_path / "clip.pt", "--out", tmp_path / "run", "--set", "shots=1", "epochs=2", "frames=4",
+                   "batch=4", "workers=1", "prompt=a pic", "context_tokens=4", "clips=1", "text_length=77")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert result["tests"]["test"]["videos"] == 10 and not result["tests"]["test"]["bad"] and result["train_videos"] == 9
+
+
+@torch.no_grad()
+def test_a_released_checkpoint_is_read_and_used(tmp_path, capsys):
+    from test_tc import released_state
+    weights = shared_weights()
+    state, openai = released_state(weights, "tiny", 1)
+    state["prompt_learner.ctx"] = np.zeros((4, 512))
+    torch.save({"model": {f"module.{k}": torch.as_tensor(v).float() for k, v in state.items()}, "epoch": 3}, tmp_path / "released.pth")
+    torch.save({k: torch.as_tensor(v).float() for k, v in openai.items()}, tmp_path / "clip.pt")
+    video = next((SHARED / "videos" / "real").glob("*.mp4"))
+    assert evaluate("--video", video, "--classes", "juggling,running", "--checkpoint", tmp_path / "released.pth",
+                    "--clip", tmp_path / "clip.pt", "--merges", MERGES) == 0
+    assert "juggling" in capsys.readouterr().out
+    assert load_clip(tmp_path / "clip.pt").visual.resolution == 224
