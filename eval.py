@@ -8,6 +8,7 @@
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import resource
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,12 +29,13 @@ from tqdm import tqdm
 
 import data
 from clip_vit import CLIP, FramePool, PoolConfig, clip_weights, load_clip, read_checkpoint
+from ila import FLAT, SLOPE, ILA, ILAConfig, earth_movers_distance, interactive_mask
+from ila import load_released as load_released_ila
 from video_prompt import TCCLIP, TCConfig
 from video_prompt import load_released as load_released_tc
 
-METHODS = {"tc": (TCCLIP, TCConfig), "vifi": (FramePool, PoolConfig)}
-VANILLA = dict(method="vifi", frames=16, sampling="tsn", clips=2, crops=1, pixels="clip", short_side=0, model={})
-RELEASED_TC = VANILLA | dict(method="tc", pixels="imagenet", clip="ViT-B/16")
+METHODS = {"tc": (TCCLIP, TCConfig), "ila": (ILA, ILAConfig), "vifi": (FramePool, PoolConfig)}
+VANILLA = dict(method="vifi", frames=16, sampling="tsn", clips=2, crops=1, pixels="clip", short_side=0, clip="ViT-B/16", model={})
 SCORES = {"top1": "top-1", "top5": "top-5", "pairs": "inside reversed pairs"}
 BAD_SHARE = 0.05  # more unreadable videos than this stop a run
 
@@ -47,10 +50,10 @@ def build_model(method, clip, frames, settings):
 
 
 def load_model(path, clip="ViT-B/16", merges=None):
-    """The model in a checkpoint, and the recipe it was trained with: ours, a released TC-CLIP's, or plain CLIP weights.
+    """The model in a checkpoint, and the recipe it was trained with: ours, a released TC-CLIP's or ILA's, or plain CLIP's.
 
-    A released file lacks CLIP's token embedding: it comes from `clip`, a name or a file. Raises ValueError that names
-    the file.
+    A released file lacks some of CLIP, such as its token embedding: that comes from `clip`, a name or a file. Raises
+    ValueError that names the file.
     """
     content = read_checkpoint(path)
     try:
@@ -60,12 +63,19 @@ def load_model(path, clip="ViT-B/16", merges=None):
                                 recipe["frames"], recipe["model"])
             model.load_state_dict(content["model"])
             return model.eval(), recipe
-        weights = clip_weights(content)
-        if any("image_encoder." in key for key in weights):
-            model = TCCLIP(load_clip(clip, merges), TCConfig())
+        weights = {key.removeprefix("module."): value for key, value in clip_weights(content).items()}
+        if any(key.startswith("image_encoder.") for key in weights):
+            model, recipe = TCCLIP(load_clip(clip, merges)), VANILLA | {"method": "tc", "pixels": "imagenet"}
             load_released_tc(model, weights)
-            return model.eval(), RELEASED_TC
-        return FramePool(load_clip(content, merges)).eval(), VANILLA
+        elif "mit.positional_embedding" in weights:
+            head, frames = weights.get("mit.classify_head.2.weight"), weights["mit.positional_embedding"].shape[1]
+            settings = {"form": "released"} if head is None else {"form": "released-ssv2", "num_classes": len(head)}
+            model = build_model("ila", load_clip(clip, merges), frames, settings)
+            load_released_ila(model, weights)
+            recipe = VANILLA | {"method": "ila", "pixels": "imagenet", "frames": frames, "model": settings}
+        else:
+            model, recipe = FramePool(load_clip(content, merges)), VANILLA
+        return model.eval(), recipe
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: " + " ".join(str(error).split())) from error
 
@@ -229,48 +239,81 @@ def patch_image(values, side):
     return Image.fromarray(values.reshape(grid, grid, 3)).resize((side, side), Image.Resampling.NEAREST)
 
 
-def context_strips(frame, scores, seeds, group, colours, side):
-    """One column of the TC-CLIP picture: a frame (3,R,R), its attention (P,), its seeds (S,) and their groups (S,)."""
-    frame = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
+def thumbnail(frame, side):
+    """A frame (3,R,R) uint8 as an image of side x side pixels."""
+    return Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def heat(values):
+    """Values (P,) from their lowest, dark blue, to their highest, yellow: uint8 (P,3)."""
+    x = (values - values.min()) / (values.max() - values.min() + 1e-12)
+    return np.stack([255 * x ** 0.5, 255 * x ** 1.5, 80 * (1 - x)], axis=-1).astype(np.uint8)
+
+
+def context_column(frame, scores, seeds, group, colours, side):
+    """A column of TC-CLIP's picture: a frame, its attention (P,), its seeds (S,), the groups (S,) they went into."""
+    frame = thumbnail(frame, side)
     pale = Image.blend(frame.convert("L").convert("RGB"), Image.new("RGB", frame.size, PAPER), 0.45)
-    heat = (scores - scores.min()) / (scores.max() - scores.min() + 1e-12)  # (P,) in [0,1]
-    warm = np.stack([255 * heat ** 0.5, 255 * heat ** 1.5, 80 * (1 - heat)], axis=-1).astype(np.uint8)  # (P,3)
     chosen = np.zeros((len(scores), 3), np.uint8)
-    chosen[seeds] = 255
-    mask, painted = patch_image(chosen, side).convert("L"), np.zeros_like(chosen)
-    painted[seeds] = colours[group]
-    return (frame, Image.blend(frame, patch_image(warm, side), 0.6), Image.composite(frame, pale, mask),
+    painted = np.zeros_like(chosen)
+    chosen[seeds], painted[seeds] = 255, colours[group]
+    mask = patch_image(chosen, side).convert("L")
+    return (frame, Image.blend(frame, patch_image(heat(scores), side), 0.6), Image.composite(frame, pale, mask),
             Image.composite(Image.blend(frame, patch_image(painted, side), 0.75), pale, mask))
 
 
-@torch.no_grad()
-def draw_context(model, clip, classes, probabilities, path, pixels="imagenet", width=1600):
-    """What TC-CLIP saw in a clip (T,3,R,R) uint8, in its last summarising block; PNG at `path`.
+def point_column(frame, point, mask, side):
+    """A column of ILA's picture: a frame with its interactive point (x, y) and the box around it, and its mask (P,)."""
+    frame = thumbnail(frame, side)
+    masked = Image.blend(frame, patch_image(heat(mask), side), 0.6)
+    (x, y), reach, draw = (point + 1) * side / 2, (FLAT + 1 / SLOPE / 2) * side / 2, ImageDraw.Draw(frame)  # mask = 1/2
+    draw.rectangle([x - reach, y - reach, x + reach, y + reach], outline=COLOURS[1], width=3)
+    draw.ellipse([x - 5, y - 5, x + 5, y + 5], fill=COLOURS[1], outline=PAPER)
+    return frame, masked
 
-    Rows: frames; attention of the class token; seeds; the context token that each seed went into, one colour each.
-    """
-    device = model.clip.logit_scale.device
-    _, _, summaries = model.vision(model.clip.visual, data.normalise(clip.to(device), pixels)[None])
-    block, summary = max(summaries.items())
-    T, S = summary.seeds.shape[1:]
-    shown = np.unique(np.linspace(0, T - 1, min(T, 8)).round().astype(int))
+
+def draw_columns(path, title, rows, column, shown, classes, probabilities, width=1600):
+    """A picture of `width` pixels: the images column(t, side) of the frames `shown`, below one another; class bars."""
     left, gap, top = 190, 6, 70
-    side = (width - left - 20) // len(shown) - gap
-    picture = Image.new("RGB", (width, top + 4 * (side + gap) + 60 + 34 * len(classes)), PAPER)
+    side = min((width - left - 20) // len(shown) - gap, 300)
+    picture = Image.new("RGB", (width, top + len(rows) * (side + gap) + 60 + 34 * len(classes)), PAPER)
     draw = ImageDraw.Draw(picture)
-    k = summary.sizes.shape[1]
-    text(draw, (20, 16), f"TC-CLIP, block {block + 1}: {T} frames x {S} seeds, merged to {k} context tokens", 26)
-    for row, words in enumerate(("frame", "attention of\nthe class token", f"the {S} seeds", "context tokens\n(one colour each)")):
+    text(draw, (20, 16), title, 26)
+    for row, words in enumerate(rows):
         text(draw, (20, top + row * (side + gap) + side // 2 - 20), words, 20)
-    group = summary.group[0].view(T, S).cpu().numpy()
-    for column, t in enumerate(shown):
-        strips = context_strips(clip[t], summary.scores[0, t].cpu().numpy(), summary.seeds[0, t].cpu().numpy(), group[t],
-                                context_colours(k), side)
-        for row, image in enumerate(strips):
-            picture.paste(image, (left + column * (side + gap), top + row * (side + gap)))
-        text(draw, (left + column * (side + gap) + side // 2, top - 4), f"{t + 1}", 16, anchor="ms")
-    draw_classes(draw, (20, top + 4 * (side + gap) + 24), classes, probabilities, width)
+    for place, t in enumerate(shown):
+        for row, image in enumerate(column(t, side)):
+            picture.paste(image, (left + place * (side + gap), top + row * (side + gap)))
+        text(draw, (left + place * (side + gap) + side // 2, top - 4), f"{t + 1}", 16, anchor="ms")
+    draw_classes(draw, (20, top + len(rows) * (side + gap) + 24), classes, probabilities, width)
     picture.save(path)
+
+
+@torch.no_grad()
+def draw_seen(model, clip, path, classes, probabilities, pixels="imagenet"):
+    """What TC-CLIP or ILA saw in a clip (T,3,R,R) uint8, in the last block that shows it; a PNG at `path`."""
+    video = data.normalise(clip.to(model.clip.logit_scale.device), pixels)[None]
+    shown = np.unique(np.linspace(0, len(clip) - 1, min(len(clip), 8)).round().astype(int))
+    if isinstance(model, TCCLIP):
+        summaries = model.vision(model.clip.visual, video)[2]
+        block, summary = max(summaries.items())
+        (T, S), k = summary.seeds.shape[1:], summary.sizes.shape[1]
+        group = summary.group.view(T, S).cpu().numpy()
+        title = f"TC-CLIP, block {block + 1}: {T} frames x {S} seeds, merged to {k} context tokens"
+        rows = "frame", "attention of\nthe class token", f"the {S} seeds", "context tokens\n(one colour each)"
+        def column(t, side):
+            return context_column(clip[t], summary.scores[0, t].cpu().numpy(), summary.seeds[0, t].cpu().numpy(),
+                                  group[t], context_colours(k), side)
+    else:
+        points = model.interactive_points(video)
+        if not points:
+            raise ValueError("this model has no interactive points to draw: its frames are not aligned")
+        masks = interactive_mask(points[-1], math.isqrt(len(model.clip.visual.positional_embedding) - 1)).flatten(2)
+        title = f"ILA, aligned block {len(points)}: interactive points, and the masks around them"
+        rows = "frame, point\nand box", "mask"
+        def column(t, side):
+            return point_column(clip[t], points[-1][0, t].cpu().numpy(), masks[0, t].cpu().numpy(), side)
+    draw_columns(path, title, rows, column, shown, classes, probabilities)
 
 
 def draw_classes(draw, corner, classes, probabilities, width):
@@ -290,7 +333,12 @@ ARCHITECTURES = {  # what CLIP(...) needs, for random weights: no download; see 
     for name, side, patch, width, layers, text in (
         ("ViT-B/32", 224, 32, 768, 12, 512), ("ViT-B/16", 224, 16, 768, 12, 512), ("ViT-L/14", 224, 14, 1024, 24, 768),
         ("ViT-L/14@336px", 336, 14, 1024, 24, 768))}
-VARIANTS = {"frame pooling": ("vifi", {}), "TC-CLIP": ("tc", {}), "TC-CLIP, lightweight": ("tc", {"reference_blocks": (8, 9, 10, 11)})}
+VARIANTS = {"frame pooling": ("vifi", {}), "TC-CLIP": ("tc", {}), "ILA": ("ila", {}),
+            "TC-CLIP, lightweight": ("tc", {"reference_blocks": (8, 9, 10, 11)})}
+ILA_COSTS = {  # [paper, ILA] (model, frames, SSv2's classes or None): G multiply-adds
+    ("ViT-B/32", 8, None): 40, ("ViT-B/32", 16, None): 75, ("ViT-B/16", 8, None): 149, ("ViT-B/16", 16, None): 295,
+    ("ViT-L/14", 8, None): 673, ("ViT-L/14@336px", 16, None): 3130, ("ViT-B/16", 8, 174): 214, ("ViT-B/16", 16, 174): 438,
+    ("ViT-L/14", 8, 174): 907, ("ViT-L/14@336px", 16, 174): 3723}
 
 
 def benchmark_model(variant, args, device):
@@ -304,7 +352,8 @@ def benchmark_model(variant, args, device):
         for name, p in clip.named_parameters():
             if p.dim() != 1 or "embedding" in name:
                 nn.init.normal_(p, std=0.02)
-    model = build_model(method, clip, args.frames, settings | {"prompt": "a pic"}).to(device)
+    prompt = {} if method == "ila" else {"prompt": "a pic"}
+    model = build_model(method, clip, args.frames, settings | prompt).to(device)
     model.set_classes([f"{i:07d}" for i in range(args.num_classes)])  # bytes: start, 4, 7, "." and end are 13, or so
     return model
 
@@ -319,11 +368,27 @@ def count_multiply_adds(model, video):
     return counts[1], counts[0] - counts[1]
 
 
+def ila_cost(name, frames, num_classes=None):
+    """G multiply-adds of ILA for a video and, as the paper counts, one class of text at 77 tokens; on the meta device."""
+    counts, sizes = [], ARCHITECTURES[name]
+    for layers in (1, 2):  # all blocks cost the same
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            clip = CLIP(**sizes | {"vision_layers": layers})
+            model = ILA(clip, ILAConfig(frames=frames, num_classes=num_classes)).eval()
+            model.tokens, model.text_cache.value = torch.empty(1, 77), torch.empty(1, sizes["embed"])
+            model(torch.empty(1, frames, 3, sizes["resolution"], sizes["resolution"]))
+            prompt = torch.empty(1, 77, sizes["text_width"])
+            for block in clip.transformer.resblocks if num_classes is None else ():
+                prompt = block(prompt, causal=True)
+        counts.append(counter.get_total_flops() / 2e9)
+    return counts[0] + (sizes["vision_layers"] - 1) * (counts[1] - counts[0])
+
+
 def one_pass(model, video, training):
     """A forward pass, or a training step without the optimiser's; waits for the device."""
     if training:
         logits, aux = model.train()(video)
-        (torch.nn.functional.cross_entropy(logits, torch.zeros(len(video), dtype=torch.int64, device=video.device)) + aux).backward()
+        (F.cross_entropy(logits, torch.zeros(len(video), dtype=torch.int64, device=video.device)) + aux).backward()
         model.zero_grad()
     else:
         with torch.no_grad():
@@ -379,6 +444,10 @@ def benchmark(args):
               f"{args.batch / np.median(seconds[variant, False]):10.2f}" + "".join(
                   f"{np.median(r):9.3f} ({r.min():.2f}-{r.max():.2f})" for r in ratios.values())
               + f"{memory[variant]:13.2f}{memory[variant] / memory[base]:7.2f}")
+    print("\nILA, G multiply-adds with one class of text at 77 tokens, here and in the paper:")
+    for (name, frames, classes), paper in ILA_COSTS.items():
+        cost = ila_cost(name, frames, classes)
+        print(f"{name:16}{frames:4} frames{'  SSv2' if classes else '':8}{cost:10.1f}{paper:8}{cost / paper - 1:+8.1%}")
     return 0
 
 
@@ -434,6 +503,14 @@ def zeroshot(args):
     return 0
 
 
+@torch.no_grad()
+def frame_distance(model, clip, pixels):
+    """[paper, ILA Table 5] mean earth mover's distance between adjacent frames' last patch features, for a uint8 clip."""
+    video = data.normalise(clip.to(model.clip.logit_scale.device), pixels)[None]
+    frames = F.normalize(model.encode(video)[0][0, :, 1:], dim=-1)  # (T,P,D)
+    return float(np.mean([earth_movers_distance(a, b) for a, b in zip(frames, frames[1:])]))
+
+
 def look(args):
     """The most probable classes of each video, and a picture of what the model saw."""
     source = Path(args.classes)
@@ -442,6 +519,8 @@ def look(args):
     if not names:
         raise ValueError(f"--classes {args.classes!r}: give names with commas between them, or a file with one per line")
     model, recipe = chosen_model(args, "ViT-B/16")
+    if args.picture and (isinstance(model, FramePool) or len(args.video) > 1):
+        raise ValueError("--picture draws what TC-CLIP or ILA saw in one video: it needs such a --checkpoint")
     model.set_classes(names)
     seen = views(recipe, model)
     for path in args.video:
@@ -452,10 +531,10 @@ def look(args):
         print(path)
         for value, i in zip(p[:5].tolist(), order[:5].tolist()):
             print(f"  {value:.3f}  {names[i]}")
+        if isinstance(model, ILA):
+            print(f"  {frame_distance(model, clip[0], seen.pixels):.3f}  earth mover's distance between adjacent frames")
         if args.picture:
-            if not isinstance(model, TCCLIP) or len(args.video) > 1:
-                raise ValueError("--picture draws one video's context tokens: it needs a TC-CLIP --checkpoint")
-            draw_context(model, clip[0], [names[i] for i in order[:5]], p[:5].tolist(), args.picture, seen.pixels)
+            draw_seen(model, clip[0], args.picture, [names[i] for i in order[:5]], p[:5].tolist(), seen.pixels)
     return 0
 
 

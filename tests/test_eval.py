@@ -13,7 +13,7 @@ from helpers import MERGES, SHARED, shared_weights, tiny_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_train import command, run, world  # noqa: F401 (world is a fixture)
+from test_train import command, run
 
 import data
 import eval as evaluation
@@ -89,7 +89,7 @@ def test_released_ensembling():
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
-def test_zeroshot_counts_every_video_once_on_any_number_of_processes(world, checkpoint):  # noqa: F811
+def test_zeroshot_counts_every_video_once_on_any_number_of_processes(world, checkpoint):
     words = ["--zeroshot", "shapes", "--data", world, "--checkpoint", checkpoint, "--workers", "0"]
     one, three = command("eval.py", *words), command("eval.py", *words, processes=3)
     assert one.returncode == three.returncode == 0, one.stderr + three.stderr
@@ -97,7 +97,7 @@ def test_zeroshot_counts_every_video_once_on_any_number_of_processes(world, chec
     assert "base: 40 videos, 20 classes" in one.stdout and "novel: 20 videos, 10 classes" in one.stdout
 
 
-def test_zeroshot_of_vanilla_clip_and_of_an_ensemble(world, checkpoint, capsys):  # noqa: F811
+def test_zeroshot_of_vanilla_clip_and_of_an_ensemble(world, checkpoint, capsys):
     assert evaluate("--zeroshot", "shapes", "--data", world) == 0
     vanilla = capsys.readouterr().out
     assert vanilla.count("inside reversed pairs 50.00") == 2
@@ -105,7 +105,7 @@ def test_zeroshot_of_vanilla_clip_and_of_an_ensemble(world, checkpoint, capsys):
     assert "base: 40 videos" in capsys.readouterr().out
 
 
-def test_an_unreadable_test_video_is_wrong_and_named(world, tmp_path, capsys):  # noqa: F811
+def test_an_unreadable_test_video_is_wrong_and_named(world, tmp_path, capsys):
     from test_train import spoiled
     root = spoiled(world, tmp_path / "data", 0)
     path = data.videos_below(root / "base")[0]
@@ -116,7 +116,7 @@ def test_an_unreadable_test_video_is_wrong_and_named(world, tmp_path, capsys):  
     assert f"unreadable, counted as wrong: {path}: " in out and "base: 40 videos" in out
 
 
-def test_a_video_its_classes_and_a_picture(world, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_a_video_its_classes_and_a_picture(world, checkpoint, tmp_path, capsys):
     video, picture = data.videos_below(world / "base")[0], tmp_path / "seen.png"
     assert evaluate("--video", video, "--classes", NAMES, "--checkpoint", checkpoint, "--picture", picture) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -134,7 +134,7 @@ def test_the_source_map_is_drawn_where_the_patches_are():
     frame, scores = torch.full((3, 64, 64), 128, dtype=torch.uint8), np.linspace(0, 1, 16)
     seeds, group = np.array([5, 10]), np.array([0, 1])
     colours = evaluation.context_colours(2)
-    painted = np.asarray(evaluation.context_strips(frame, scores, seeds, group, colours, 160)[3]).astype(int)
+    painted = np.asarray(evaluation.context_column(frame, scores, seeds, group, colours, 160)[3]).astype(int)
     pale = painted[20, 20]
     for patch in range(16):
         y, x = patch // 4 * 40 + 20, patch % 4 * 40 + 20
@@ -142,7 +142,7 @@ def test_the_source_map_is_drawn_where_the_patches_are():
     assert (colours[0] != colours[1]).any()
 
 
-def test_check_names_each_bad_video(tmp_path, world, capsys):  # noqa: F811
+def test_check_names_each_bad_video(tmp_path, world, capsys):
     good = data.videos_below(world / "train")[0]
     (tmp_path / "a.mp4").write_bytes(good.read_bytes())
     assert evaluate("--check", tmp_path) == 0
@@ -162,7 +162,7 @@ def test_check_names_each_bad_video(tmp_path, world, capsys):  # noqa: F811
     (["--video", "{video}", "--classes", "a,b", "--clip", "{clip}", "--ensemble", "0.5"], "--checkpoint"),
     (["--video", "{video}", "--classes", "a,b", "--checkpoint", "{tuned}", "--ensemble", "7"], "[0, 1]"),
     (["--video", "{video}", "--classes", "a" * 40, "--checkpoint", "{tuned}"], "does not fit")])
-def test_wrong_use_ends_in_one_line(world, checkpoint, tmp_path, monkeypatch, capsys, words, said):  # noqa: F811
+def test_wrong_use_ends_in_one_line(world, checkpoint, tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     names = dict(clip=world / "clip.pt", tuned=checkpoint, video=data.videos_below(world / "base")[0])
     status = evaluate(*(word.format(**names) for word in words))

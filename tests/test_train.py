@@ -25,15 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TOY = ["epochs=2", "shots=4", "batch=6", "micro_batch=4", "eval_every=1", "lr=1e-3", "jitter=0.5", "mixup=0.8", "cutmix=1.0"]
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A small rendering of the miniature world, with a CLIP of random weights."""
-    root = tmp_path_factory.mktemp("world") / "shapes"
-    data.write_shapes(root, seed=1, shots_max=4, base_clips=1, novel_clips=1)
-    torch.save(tiny_clip().state_dict(), root / "clip.pt")
-    return root
-
-
 def arguments(world, out, *more, method="tc", protocol="fewshot"):
     method = ["--method", method] if method else []
     return ["--protocol", protocol, *method, "--data", str(world), "--out", str(out), "--set", *TOY, *more]

@@ -113,7 +113,7 @@ def test_captions_are_true_of_their_pictures(monkeypatch):
     def remember(rng):
         seen.append(still(rng))
         return seen[-1]
-    monkeypatch.setattr(train, "render_still", remember)
+    monkeypatch.setattr(data, "render_still", remember)
     pictures, texts, true = train.captioned_stills(np.random.default_rng(0), 40)
     assert pictures.shape == (40, 3, 32, 32) and true.shape == (40, len(texts)) and len(set(texts)) == len(texts)
     assert true.any(0).all() and true.any(1).all()
