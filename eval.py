@@ -11,7 +11,6 @@ import argparse
 import math
 import multiprocessing
 import os
-import resource
 import sys
 import time
 from datetime import timedelta
@@ -266,7 +265,9 @@ def point_column(frame, point, mask, side):
     """A column of ILA's picture: a frame with its interactive point (x, y) and the box around it, and its mask (P,)."""
     frame = thumbnail(frame, side)
     masked = Image.blend(frame, patch_image(heat(mask), side), 0.6)
-    (x, y), reach, draw = (point + 1) * side / 2, (FLAT + 1 / SLOPE / 2) * side / 2, ImageDraw.Draw(frame)  # mask = 1/2
+    patch, grid, draw = side / len(mask) ** 0.5, len(mask) ** 0.5, ImageDraw.Draw(frame)
+    x, y = ((point + 1) / 2 * (grid - 1) + 0.5) * patch  # -1 and 1 are the middles of the outermost patches
+    reach = (FLAT + 1 / SLOPE / 2) / 2 * (grid - 1) * patch  # where the mask has fallen to 1/2
     draw.rectangle([x - reach, y - reach, x + reach, y + reach], outline=COLOURS[1], width=3)
     draw.ellipse([x - 5, y - 5, x + 5, y + 5], fill=COLOURS[1], outline=PAPER)
     return frame, masked
@@ -384,66 +385,63 @@ def ila_cost(name, frames, num_classes=None):
     return counts[0] + (sizes["vision_layers"] - 1) * (counts[1] - counts[0])
 
 
-def one_pass(model, video, training):
-    """A forward pass, or a training step without the optimiser's; waits for the device."""
-    if training:
-        logits, aux = model.train()(video)
-        (F.cross_entropy(logits, torch.zeros(len(video), dtype=torch.int64, device=video.device)) + aux).backward()
-        model.zero_grad()
-    else:
-        with torch.no_grad():
-            model(video)
+def one_pass(model, video, args):
+    """Seconds of a forward pass or, with --train, of a training step without the optimiser's part."""
+    began = time.perf_counter()
+    with torch.set_grad_enabled(args.train), autocast(video.device, args.precision):
+        logits, aux = model.train(args.train)(video) if args.train else model(video)
+        if args.train:
+            (F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64)) + aux).backward()
+    model.zero_grad()
     if video.is_cuda:
         torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
-def peak_memory(variant, args, training, results):
-    """Puts the highest memory of one pass, in GB, into the queue `results`: run in a process of its own."""
+def peak_memory(variant, args, results):
+    """Puts the highest memory of one pass, in GB, into the queue `results`; to be run in a process of its own."""
     device = start_processes()
     model = benchmark_model(variant, args, device)
-    with autocast(device, args.precision):
-        one_pass(model.eval(), torch.randn(args.batch, args.frames, 3, *2 * [model.clip.visual.resolution], device=device), training)
-    results.put(torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    side = model.clip.visual.resolution
+    one_pass(model, torch.randn(args.batch, args.frames, 3, side, side, device=device), args)
+    if device.type == "cuda":
+        results.put(torch.cuda.max_memory_allocated() / 1e9)
+    else:  # Linux's high-water mark of this process; ru_maxrss would start at its parent's
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        results.put(int(status["VmHWM"].split()[0]) / 1e6)
+
+
+def memory_of(variant, args):
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    child = context.Process(target=peak_memory, args=(variant, args, results))
+    child.start()
+    child.join()
+    return results.get()
 
 
 def benchmark(args):
     """The methods side by side in one run: parameters, multiply-adds, time and memory, each against frame pooling."""
-    device, spawn = start_processes(), multiprocessing.get_context("spawn")
+    device = start_processes()
     models = {variant: benchmark_model(variant, args, device) for variant in VARIANTS}
-    side = next(iter(models.values())).clip.visual.resolution
-    video = torch.randn(args.batch, args.frames, 3, side, side, device=device)
-    seconds = {(variant, training): [] for variant in models for training in (False, True)}
-    costs = {variant: count_multiply_adds(model, video) for variant, model in models.items()}
-    for training in (False, True):
-        for repeat in tqdm(range(args.repeats + 1), desc="training steps" if training else "forward passes"):
-            for variant, model in models.items():
-                model.train(training)
-                with autocast(device, args.precision):
-                    if not training and not repeat:
-                        one_pass(model, video, False)  # the text, once per class set
-                    began = time.perf_counter()
-                    one_pass(model, video, training)
-                if repeat:  # the first is a warm-up
-                    seconds[variant, training].append(time.perf_counter() - began)
-    print(f"{args.clip or 'ViT-B/16'}, {args.frames} frames, batch {args.batch}, {args.num_classes} classes, {args.precision}, "
-          f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}; "
-          f"medians of {args.repeats} (smallest to largest)")
-    print(f"{'':22}{'parameters':>12}{'G per video':>13}{'G per class set':>17}{'videos/s':>10}{'forward ratio':>22}"
-          f"{'training ratio':>22}{'training GB':>13}{'ratio':>7}")
-    base, memory = next(iter(models)), {}
-    for variant, model in models.items():
-        results = spawn.SimpleQueue()
-        child = spawn.Process(target=peak_memory, args=(variant, args, True, results))
-        child.start()
-        child.join()
-        memory[variant] = results.get()
-        ratios = {training: np.array(seconds[variant, training]) / seconds[base, training] for training in (False, True)}
-        counted = sum(p.numel() for name, p in model.named_parameters() if "token_embedding" not in name) / 1e6
-        print(f"{variant:22}{counted:10.1f} M{costs[variant][0]:13.1f}{costs[variant][1]:17.1f}"
-              f"{args.batch / np.median(seconds[variant, False]):10.2f}" + "".join(
-                  f"{np.median(r):9.3f} ({r.min():.2f}-{r.max():.2f})" for r in ratios.values())
-              + f"{memory[variant]:13.2f}{memory[variant] / memory[base]:7.2f}")
+    base, side = "frame pooling", models["frame pooling"].clip.visual.resolution
+    video, seconds = torch.randn(args.batch, args.frames, 3, side, side, device=device), {name: [] for name in models}
+    costs = {name: count_multiply_adds(model, video) for name, model in models.items()}
+    for repeat in tqdm(range(args.repeats + 1), desc="training steps" if args.train else "forward passes"):
+        for name, model in models.items():
+            seconds[name].append(one_pass(model, video, args))
+    seconds = {name: np.array(taken[1:]) for name, taken in seconds.items()}  # the first is a warm-up
+    memory = {name: memory_of(name, args) for name in models}
+    processor = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.clip or 'ViT-B/16'}, {'training step' if args.train else 'forward'}, {args.frames} frames, batch {args.batch}, "
+          f"{args.num_classes} classes, {args.precision}, {processor}; medians of {args.repeats} (smallest to largest ratio)")
+    print(f"{'':22}{'parameters':>12}{'G per video':>13}{'G per class set':>17}{'videos/s':>10}{'time ratio':>20}"
+          f"{'peak GB':>9}{'ratio':>7}")
+    for name, model in models.items():
+        ratios = seconds[name] / seconds[base]
+        count = sum(p.numel() for key, p in model.named_parameters() if "token_embedding" not in key) / 1e6
+        print(f"{name:22}{count:10.1f} M{costs[name][0]:13.1f}{costs[name][1]:17.1f}{args.batch / np.median(seconds[name]):10.2f}"
+              f"{np.median(ratios):8.3f} ({ratios.min():.2f}-{ratios.max():.2f}){memory[name]:9.2f}{memory[name] / memory[base]:7.2f}")
     print("\nILA, G multiply-adds with one class of text at 77 tokens, here and in the paper:")
     for (name, frames, classes), paper in ILA_COSTS.items():
         cost = ila_cost(name, frames, classes)
@@ -569,6 +567,7 @@ def parse_args(arguments=None):
     parser.add_argument("--batch", type=int, default=2, help="videos per pass in the benchmark; default %(default)s")
     parser.add_argument("--num-classes", type=int, default=400, help="classes in the benchmark; default %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="passes per median in the benchmark; default %(default)s")
+    parser.add_argument("--train", action="store_true", help="benchmark training steps instead of forward passes")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default %(default)s")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="loader processes; default %(default)s")
     args = parser.parse_args(arguments)

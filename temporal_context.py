@@ -92,7 +92,9 @@ def seed_scores(q_class, k, bias, m, patches):
 
 def take(rows, index):
     """Rows (B,T,n,D) at index (B,T,S) -> (B,T,S,D)."""
-    return rows.gather(2, index[..., None].expand(-1, -1, -1, rows.shape[-1]))
+    B, T, n, _ = rows.shape
+    frame = torch.arange(B * T, device=index.device).view(B, T, 1) * n  # each frame's first row, rows counted through
+    return rows.flatten(0, 2).index_select(0, (frame + index).flatten()).unflatten(0, index.shape)
 
 
 class ContextTower(nn.Module):

@@ -53,7 +53,7 @@ def add_groups(values, group, k):
     """Sums of the values (B,n,D) that share a group (B,n), groups numbered below k -> (B,k,D)."""
     B, n, D = values.shape
     rows = group + torch.arange(B, device=group.device)[:, None] * k  # (B,n): one row per video and group
-    flat = values.new_zeros(B * k, D).index_add(0, rows.flatten(), values.flatten(0, 1))  # (B*k, D)
+    flat = values.new_zeros(B * k, D).index_add_(0, rows.flatten(), values.flatten(0, 1))  # (B*k, D)
     return flat.unflatten(0, (B, k))
 
 

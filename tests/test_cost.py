@@ -1,0 +1,103 @@
+"""What the models cost, counted on the meta device: no weight is made and nothing is computed."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from clip_vit import CLIP, FramePool
+from eval import ARCHITECTURES
+from video_prompt import TCCLIP, TCConfig
+
+
+def multiply_adds(call):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 2e9
+
+
+def tc_clip(frames=16, **settings):
+    """TC-CLIP B/16 on the meta device, after its words were looked up on an ordinary one."""
+    words = CLIP(**ARCHITECTURES["ViT-B/32"] | {"vision_layers": 1, "text_layers": 1}).tokenize(["a pic"])
+    with torch.device("meta"):
+        clip = CLIP(**ARCHITECTURES["ViT-B/16"])
+        clip.tokenize = lambda texts, length=None: words
+        return TCCLIP(clip, TCConfig(frames=frames, prompt="a pic", **settings)).eval()
+
+
+def video_cost(model, trimmed, frames=16):
+    """G multiply-adds of the vision tower, with every row of the last block or only those that are used."""
+    video = torch.empty(1, frames, 3, 224, 224, device="meta")
+    if trimmed:
+        return multiply_adds(lambda: model.vision(model.clip.visual, video))
+
+    def whole():
+        visual, context = model.clip.visual, None
+        tokens = visual.tokens(video[0])[None]
+        for i, block in enumerate(visual.transformer.resblocks):
+            tokens, context, _ = model.vision.block(block, i, False, tokens, context)
+        tokens[:, :, 0] @ visual.proj, context @ visual.proj
+    return multiply_adds(whole)
+
+
+def text_cost(model, length=77):
+    """G multiply-adds of one class's prompt, as the papers count it."""
+    prompt = torch.empty(1, length, 512, device="meta")
+
+    def run(x):
+        for block in model.clip.transformer.resblocks:
+            x = block(x, causal=True)
+    return multiply_adds(lambda: run(prompt))
+
+
+def video_text_cost(model, classes):
+    """G multiply-adds that a video's prompts add, once what the class set needs is computed."""
+    def meta(*shape):
+        return torch.empty(*shape, device="meta")
+    side = meta(classes, 512), meta(classes, 8, 64), meta(classes, 8), meta(classes, 8, 64), meta(4, 512)
+    model.text_cache.value = side
+    return multiply_adds(lambda: model.encode_text({11: meta(1, 96, 512)}))
+
+
+def test_the_papers_counts():
+    """Untrimmed, with one class of text at 77 tokens: 303 for TC-CLIP ("304"), 291 for the lightweight form."""
+    full, light = tc_clip(), tc_clip(reference_blocks=(8, 9, 10, 11))
+    assert abs(text_cost(full) - 2.98) < 0.05
+    assert abs(video_cost(full, trimmed=False) - 300.0) < 0.3  # the released code, measured
+    assert abs(video_cost(light, trimmed=False) + text_cost(light) - 291) < 1
+
+
+def test_a_video_at_400_classes():
+    """At most 284 G, where the released code needs 782; what 400 classes add to a video is about 1 G."""
+    model = tc_clip()
+    text = video_text_cost(model, 400)
+    assert text < 1.1 and video_cost(model, trimmed=True) + text < 284
+    assert video_cost(model, trimmed=True) < video_cost(model, trimmed=False) - 15
+
+
+def test_frame_pooling_computes_the_class_row_alone_in_its_last_block():
+    with torch.device("meta"):
+        clip = CLIP(**ARCHITECTURES["ViT-B/16"])
+    model, images = FramePool(clip), torch.empty(16, 3, 224, 224, device="meta")
+    trimmed = multiply_adds(lambda: model.clip.encode_image(images))
+
+    def whole():
+        x = clip.visual.tokens(images)
+        for block in clip.visual.transformer.resblocks:
+            x = block(x)
+        x[:, 0] @ clip.visual.proj
+    assert abs(multiply_adds(whole) - 281.0) < 0.3 and 261 < trimmed < 263
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32", "ViT-L/14", "ViT-L/14@336px"])
+def test_every_published_architecture_builds(name):
+    """Shapes fit for every OpenAI ViT; nothing about B/16 is written into the code."""
+    sizes = ARCHITECTURES[name] | {"text_layers": 1, "vision_layers": 2}
+    words = CLIP(**sizes | {"vision_layers": 1}).tokenize(["a pic"])
+    with torch.device("meta"):
+        clip = CLIP(**sizes)
+        clip.tokenize = lambda texts, length=None: words
+        model = TCCLIP(clip, TCConfig(frames=3, prompt="a pic", positions="joint", seed_ratio=0.29)).eval()
+        frames, contexts, _ = model.vision(clip.visual, torch.empty(2, 3, 3, *2 * [sizes["resolution"]]))
+    assert frames.shape == (2, 3, sizes["embed"])
+    expected = min(96, 3 * int((sizes["resolution"] // sizes["patch"]) ** 2 * 0.29))
+    assert contexts[1].shape == (2, expected, sizes["embed"])
