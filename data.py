@@ -368,6 +368,18 @@ def read_labels(path):
     return tuple(names[i] for i in range(len(names)))
 
 
+def class_names(dataset, path):
+    """A dataset's class names, from its published labels file.
+
+    [ours] HMDB-51's has two pairs of names the wrong way round against its own split files: they are put right.
+    """
+    names = list(read_labels(path))
+    for i, pair in ((20, ["kick ball", "kick"]), (44, ["sword exercise", "sword"])) if dataset == "hmdb51" else ():
+        if names[i:i + 2] == pair:
+            names[i:i + 2] = pair[::-1]
+    return tuple(names)
+
+
 def read_list(path, root, classes):
     """A VideoList from a published list: a line is `path label`, split at its last space; paths are below `root`.
 
@@ -442,7 +454,7 @@ def load_tests(dataset, root, test_list="", labels=""):
         return {"test": class_folders(root)}
     names, _, lists, page = PUBLISHED[dataset] if dataset in PUBLISHED else ("labels.csv", "", (), "your own lists")
     found = [test_list] if test_list else [find_file(root, name, page) for name in lists]
-    return {Path(path).stem: read_list(path, root, read_labels(labels or find_file(root, names.format(split=i), page)))
+    return {Path(path).stem: read_list(path, root, class_names(dataset, labels or find_file(root, names.format(split=i), page)))
             for i, path in enumerate(found, 1)}
 
 
@@ -466,7 +478,7 @@ def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list
     else:
         names, lists, _, page = PUBLISHED[dataset] if dataset in PUBLISHED else ("labels.csv", "train.txt", (), "your own")
         train = read_list(train_list or find_file(root, lists.format(shots=shots), page), root,
-                          read_labels(labels or find_file(root, names.format(split=1), page)))
+                          class_names(dataset, labels or find_file(root, names.format(split=1), page)))
     if protocol in ("fewshot", "base2novel") and dataset != "folder":
         tests = tests if "base" in tests else dict([next(iter(tests.items()))])
     if protocol == "base2novel" and "novel" not in tests:

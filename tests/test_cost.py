@@ -70,7 +70,7 @@ def test_a_video_at_400_classes():
     """At most 284 G, where the released code needs 782; what 400 classes add to a video is about 1 G."""
     model = tc_clip()
     text = video_text_cost(model, 400)
-    assert text < 1.1 and video_cost(model, trimmed=True) + text < 284
+    assert text < 1.2 and video_cost(model, trimmed=True) + text < 284
     assert video_cost(model, trimmed=True) < video_cost(model, trimmed=False) - 15
 
 
