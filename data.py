@@ -548,7 +548,8 @@ class TestVideos(Dataset):
             good = [(i, clip) for i, clip, _ in items if clip is not None]
             clips = torch.stack([clip for _, clip in good]) if good else torch.empty(0)
             return [i for i, _ in good], clips, [(i, error) for i, clip, error in items if clip is None]
-        return DataLoader(Subset(self, indices), batch, collate_fn=collate, num_workers=workers)
+        return DataLoader(Subset(self, indices), batch, collate_fn=collate, num_workers=workers,
+                          pin_memory=torch.cuda.is_available())
 
 
 class TrainVideos(Dataset):
@@ -593,7 +594,8 @@ class TrainVideos(Dataset):
         def collate(items):
             clips, labels, weights, bad = zip(*items)
             return torch.stack(clips), torch.tensor(labels), torch.tensor(weights), [error for b in bad for error in b]
-        return DataLoader(self, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+        return DataLoader(self, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                          pin_memory=torch.cuda.is_available())
 
 
 # ---- the miniature world ---------------------------------------------------------------------------------------------

@@ -195,6 +195,7 @@ class Config(dict):
     """Stands for the config object in released checkpoints: an object of a class that is not to be imported."""
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("wrap", [lambda state, bad: bad, lambda state, bad: {"model": state, "config": bad},
                                   lambda state, bad: OrderedDict(state, evil=bad)])
 def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path, wrap):

@@ -254,7 +254,7 @@ def test_every_ablation_trains(settings):
         missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert not missing
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
 
 

@@ -444,4 +444,5 @@ def test_memory_stays_bounded(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, "16000000", *map(str, paths)], capture_output=True, text=True,
                           timeout=60, cwd=Path(__file__).resolve().parents[1])
     peaks = [int(line) for line in done.stdout.split()]  # MB
-    assert len(peaks) == len(paths) and max(peaks) < 40, (peaks, done.stderr)
+    # Unbounded, these files take 640 MB and more; bounded it was 20 to 110, with what is loaded at the first call.
+    assert len(peaks) == len(paths) and max(peaks) < 200, (peaks, done.stderr)
