@@ -185,7 +185,7 @@ class CLIP(nn.Module):
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]  # (C,L,D)
         for block in self.transformer.resblocks:
             x = block(x, causal=True)
-        return self.ln_final(x[torch.arange(len(x)), end]) @ self.text_projection
+        return self.ln_final(x[torch.arange(len(x), device=x.device), end]) @ self.text_projection
 
     def tokenize(self, texts, length=None):
         """C strings -> (C,length) int64 on the weights' device, in this model's own vocabulary."""
@@ -248,6 +248,8 @@ def tokenize(texts, length=77, merges=None, vocabulary=49408):
     """
     if isinstance(texts, str):
         raise ValueError(f"texts must be a list of strings; got the string {texts!r}")
+    if not len(texts):
+        raise ValueError("there are no texts (class names) to tokenize")
     path = merges or (cached(MERGES_URL, MERGES_SHA256) if vocabulary > 514 else None)
     ids, ranks = read_vocabulary(path, vocabulary)
     tokens = torch.zeros(len(texts), length, dtype=torch.int64)
@@ -257,7 +259,7 @@ def tokenize(texts, length=77, merges=None, vocabulary=49408):
                                                              else byte_pair_encode(word, ranks))]
         line = [ids[part] for part in ["<|startoftext|>", *parts, "<|endoftext|>"]]
         if len(line) > length:
-            raise ValueError(f"text of {len(line)} tokens does not fit in {length}: {text!r}; shorten it")
+            raise ValueError(f"text of {len(line)} tokens does not fit in {length}: {text!r}; shorten it, or raise text_length")
         row[:len(line)] = torch.tensor(line)
     return tokens
 
@@ -472,12 +474,13 @@ class TextCache(nn.Module):
     it keeps nothing; in eval mode what it keeps carries no gradient.
     """
 
-    def __init__(self):
+    def __init__(self, clip):
         super().__init__()
-        self.value = None
-        self.register_load_state_dict_pre_hook(lambda module, *_: module.drop())
+        self.value = self.made_under = None
+        for module in (self, clip):
+            module.register_load_state_dict_pre_hook(self.drop)
 
-    def drop(self):
+    def drop(self, *_):
         self.value = None
 
     def train(self, mode=True):
@@ -492,9 +495,10 @@ class TextCache(nn.Module):
         """compute() in training; the value kept since its first call otherwise."""
         if self.training:
             return compute()
-        if self.value is None:
+        under = torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")  # the precision of the value
+        if self.value is None or self.made_under != under:
             with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, usable under autograd too
-                self.value = compute()
+                self.value, self.made_under = compute(), under
         return self.value
 
 
@@ -511,17 +515,19 @@ class FramePool(nn.Module):
     def __init__(self, clip, config=PoolConfig()):
         super().__init__()
         self.clip, self.config = clip, config
-        self.text_cache = TextCache()
+        self.text_cache = TextCache(clip)
+        self.register_buffer("tokens", None, persistent=False)
         clip.token_embedding.requires_grad_(False)  # [released] the one CLIP tensor that is not trained
 
     def set_classes(self, names):
         """Class names as in the dataset's files; underscores stay [released]."""
         tokens = self.clip.tokenize([f"{self.config.prompt} {split_capitals(name)}." for name in names])
-        self.register_buffer("tokens", tokens, persistent=False)
+        self.tokens = tokens  # (C,L)
         self.text_cache.drop()
 
     def forward(self, video):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
+        assert self.tokens is not None, "no classes yet: call set_classes(names) first"
         frames = self.clip.encode_image(video.flatten(0, 1)).unflatten(0, video.shape[:2])  # (B,T,E)
         text = self.text_cache(lambda: self.clip.encode_text(self.tokens))  # (C,E)
         logits = cosine_logits(frames.mean(dim=1), text, self.clip.logit_scale)

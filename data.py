@@ -338,9 +338,15 @@ class VideoList:
 
 
 def videos_below(folder):
-    """All video files below a folder, sorted; hidden files (._x.mp4 of a Mac) are none."""
-    return [Path(top, file) for top, folders, files in os.walk(folder) if not folders.sort()
-            for file in sorted(files) if not file.startswith(".") and Path(file).suffix.lower() in VIDEO_SUFFIXES]
+    """All video files below a folder, sorted, links followed; hidden files (._x.mp4 of a Mac) and folders are none."""
+    found, seen = [], set()
+    for top, folders, files in os.walk(folder, followlinks=True):
+        new = os.path.realpath(top) not in seen  # a link may lead back up
+        seen.add(os.path.realpath(top))
+        folders[:] = sorted(name for name in folders if new and not name.startswith("."))
+        found += [Path(top, name) for name in sorted(files) if new and not name.startswith(".")
+                  and Path(name).suffix.lower() in VIDEO_SUFFIXES]
+    return found
 
 
 def class_folders(folder):
@@ -348,7 +354,7 @@ def class_folders(folder):
     found = [(path, path.relative_to(folder).parts[0]) for path in videos_below(folder) if path.parent != Path(folder)]
     if not found:
         raise ValueError(f"{folder}: no videos; expected one folder per class with videos inside, <class>/<video>.mp4")
-    classes = sorted({name for _, name in found})
+    classes = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith("."))
     return VideoList(tuple(classes), tuple(path for path, _ in found), tuple(classes.index(name) for _, name in found))
 
 
@@ -357,9 +363,9 @@ def read_labels(path):
     path = Path(path)
     try:
         if path.suffix == ".json":
-            names = {int(key): name for key, name in json.loads(path.read_text("utf-8")).items()}
+            names = {int(key): name for key, name in json.loads(path.read_text("utf-8-sig")).items()}
         else:
-            with open(path, newline="", encoding="utf-8") as file:
+            with open(path, newline="", encoding="utf-8-sig") as file:
                 names = {int(row["id"]): row["name"] for row in csv.DictReader(file)}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: not a labels file, which is CSV with the header id,name or JSON ({error!r})") from error
@@ -383,20 +389,28 @@ def class_names(dataset, path):
 def read_list(path, root, classes):
     """A VideoList from a published list: a line is `path label`, split at its last space; paths are below `root`.
 
-    A video that is not at its path is looked for by its file name anywhere below `root` (the lists are flat, the
-    owners' archives are not). A video that is nowhere keeps its path, and fails by name when it is read.
+    A bare file name that is not there is looked for anywhere below `root` (the lists are flat, the owners' archives are
+    not), and taken if just one file has it. A video that is nowhere keeps its path, and fails by name when it is read.
     """
-    paths, labels, by_name = [], [], None
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+    paths, labels, below = [], [], None
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdigit() or int(label) >= len(classes):
+        if not name or not label.isdecimal() or int(label) >= len(classes):
             raise ValueError(f"{path}, line {number}: expected `path label` with a label below {len(classes)}: {line!r}")
         video = Path(root, name)
-        if not video.is_file():
-            by_name = by_name or {file.name: file for file in videos_below(root)}
-            video = by_name.get(video.name, video)
+        if "/" not in name and not video.is_file():
+            if below is None:
+                below = {}
+                for file in videos_below(root):
+                    below.setdefault(file.name, []).append(file)
+            if len(below.get(name, ())) == 1:
+                video = below[name][0]
         paths.append(video)
         labels.append(int(label))
     if not any(video.is_file() for video in paths):
@@ -415,8 +429,20 @@ def draw_shots(videos, shots, seed):
     return videos.keep(drawn)
 
 
-def base_and_novel(videos):
-    """Labels of the base classes, the more frequent half [released], and of the novel ones, each in label order."""
+def base_and_novel(videos, dataset="", root="."):
+    """Labels of the base classes, the more frequent half [released], and of the novel ones, each in label order.
+
+    The published label files of both halves are used where they are. Without them, classes that all have equally many
+    videos (a few-shot list) cannot be told apart: a ValueError.
+    """
+    if dataset in PUBLISHED:
+        files = [file for half in ("base", "novel") for folder in (root, root / "lists", root / "labels")
+                 for file in folder.glob(PUBLISHED[dataset][0].replace("_labels", f"_{half}_labels"))]
+        if len(files) == 2:
+            return [[videos.classes.index(name) for name in class_names("", file)] for file in files]
+        if len(set(np.bincount(videos.labels))) == 1:
+            raise ValueError(f"{root}: base2novel needs {PUBLISHED[dataset][0].replace('_labels', '_base_labels')} and its "
+                             "_novel_ twin there, or training videos from which the frequent classes can be counted")
     count = np.bincount(videos.labels, minlength=len(videos.classes))
     ranked = np.argsort(-count, kind="stable")
     half = (len(ranked) + 1) // 2
@@ -448,6 +474,8 @@ def load_tests(dataset, root, test_list="", labels=""):
     """A dataset's test sets, {name: VideoList}: from test, val, base or novel/<class>/<video>, or the published lists."""
     root = check_root(dataset, root)
     folders = [name for name in ("base", "novel", "test", "val") if (root / name).is_dir()]
+    if (root / "train").is_dir() and not folders and not test_list:
+        raise ValueError(f"{root}: has train/ but no test/ or val/<class>/<video> beside it to test on")
     if folders and not test_list:
         return {name: class_folders(root / name) for name in folders}
     if dataset in ("folder", "shapes") and not test_list:
@@ -482,7 +510,7 @@ def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list
     if protocol in ("fewshot", "base2novel") and dataset != "folder":
         tests = tests if "base" in tests else dict([next(iter(tests.items()))])
     if protocol == "base2novel" and "novel" not in tests:
-        halves, whole = base_and_novel(train), next(iter(tests.values()))
+        halves, whole = base_and_novel(train, dataset, root), next(iter(tests.values()))
         train, tests = train.only(halves[0]), dict(zip(("base", "novel"), (whole.only(half) for half in halves)))
     if protocol in ("fewshot", "base2novel") and not train_list:
         train = draw_shots(train, shots, seed)
@@ -555,8 +583,8 @@ class TestVideos(Dataset):
 class TrainVideos(Dataset):
     """Item (epoch, i, weight): an augmented clip of video i, all randomness drawn from (seed, epoch, i).
 
-    A video that cannot be read is replaced by another of the epoch, and reported. `augmentation` are the arguments of
-    `augment`. Raises VideoError where ten videos in a row cannot be read.
+    A video that cannot be read is replaced by another of the epoch, and reported; after ten in a row, by None.
+    `augmentation` are the arguments of `augment`.
     """
 
     def __init__(self, videos, views, seed, augmentation, keep=False):
@@ -575,25 +603,26 @@ class TrainVideos(Dataset):
                 return clip, self.videos.labels[i], weight, bad
             except VideoError as error:
                 bad.append(str(error))
-                if len(bad) == 10:
-                    raise VideoError("ten videos in a row cannot be read, the first is " + bad[0]) from error
+                if len(bad) == 10:  # there may be no other: whoever asked decides
+                    return None, 0, weight, bad
                 i = int(rng.integers(len(self)))
 
     def read(self, i, rng):
-        if self.kept and i in self.kept:
-            return self.kept[i]
-        sample = SAMPLERS[self.views.sampling]
-        clip = read_frames(self.videos.paths[i], lambda total: sample(total, self.views.frames, True, rng),
-                           self.views.short_side)  # (T,3,h,w)
-        if self.kept is not None:
-            self.kept[i] = clip
-        return clip
+        """A random draw of the video's frames (T,3,h,w); where clips are kept, they are kept whole."""
+        def sample(total):
+            return SAMPLERS[self.views.sampling](total, self.views.frames, True, rng)
+        if self.kept is None:
+            return read_frames(self.videos.paths[i], sample, self.views.short_side)
+        if i not in self.kept:
+            self.kept[i] = read_frames(self.videos.paths[i], np.arange, self.views.short_side)
+        return self.kept[i][torch.from_numpy(sample(len(self.kept[i])))]
 
     def loader(self, batches, workers):
         """Batches of (clips (b,T,3,R,R) uint8, labels (b,), weights (b,), errors) for lists of (epoch, i, weight)."""
         def collate(items):
             clips, labels, weights, bad = zip(*items)
-            return torch.stack(clips), torch.tensor(labels), torch.tensor(weights), [error for b in bad for error in b]
+            clips = None if None in clips else torch.stack(clips)
+            return clips, torch.tensor(labels), torch.tensor(weights), [error for b in bad for error in b]
         return DataLoader(self, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                           pin_memory=torch.cuda.is_available())
 
@@ -679,21 +708,22 @@ def write_shapes(folder, seed, shots_max=16, base_clips=10, novel_clips=20):
 
     train: `shots_max` clips of each base class. base, novel: test clips, `base_clips` and `novel_clips` per class, and as
     many reversed ones: base/blue to red/003r.mp4 is base/red to blue/003.mp4 backwards. The folder appears when it is
-    complete. Raises ValueError if it exists.
+    complete. Raises ValueError if it holds anything.
     """
     folder, (base, novel) = Path(folder), shapes_classes()
-    if folder.exists():
-        raise ValueError(f"{folder} exists already; delete it to render the miniature world anew")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already and holds no whole miniature world: choose another folder with --data; "
+                         "for your own videos add --dataset folder")
     clips = [(split, name, i) for split, names, count in (("train", base, shots_max), ("base", base, base_clips),
                                                           ("novel", novel, novel_clips)) for name in names for i in range(count)]
-    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+    unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
         for split, name, i in tqdm(clips, desc="rendering the miniature world", unit="clip"):
             rng = np.random.default_rng([seed, *f"{split}/{name}/{i}".encode()])
             frames, targets = render_clip(rng, name), [(name, f"{i:03d}.mp4", 1), (opposite(name), f"{i:03d}r.mp4", -1)]
             for owner, file, step in targets[:1 if split == "train" else 2]:
-                (partial / split / owner).mkdir(parents=True, exist_ok=True)
-                write_clip(partial / split / owner / file, frames[::step])
-        os.replace(partial, folder)
+                (unfinished / split / owner).mkdir(parents=True, exist_ok=True)
+                write_clip(unfinished / split / owner / file, frames[::step])
+        os.replace(unfinished, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)

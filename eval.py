@@ -84,7 +84,10 @@ def ensemble(base, tuned, weight):
 
     What CLIP lacks stays as it was fine-tuned [released]; temporal positions, begun as CLIP's, are mixed.
     """
-    return {key: torch.lerp(base[key].to(value.dtype), value, weight)
+    differ = [key for key, value in tuned.items() if key not in base or base[key].shape != value.shape]
+    if differ:
+        raise ValueError(f"the checkpoint was not tuned from this CLIP; they differ in {', '.join(differ[:3])}: give its --clip")
+    return {key: torch.lerp(base[key].to(value), value, weight)
             if key.startswith("clip.") or key == "vision.positions" else value for key, value in tuned.items()}
 
 
@@ -127,6 +130,27 @@ def autocast(device, precision):
     """The context in which the models run: fp32, bf16 or fp16."""
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def first_alone(call):
+    """call() on every process, but on each node's first one before the others: it downloads for all."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    result = call() if first else None
+    gather([])  # the others wait here
+    return result if first else call()
+
+
+def on_first(call):
+    """call() on the first process alone, while the others wait; where it fails, all fail with its words."""
+    error = None
+    if rank_and_world()[0] == 0:
+        try:
+            call()
+        except (ValueError, OSError) as caught:
+            error = caught
+    for caught in gather([error]):
+        if caught is not None:
+            raise caught
 
 
 @torch.no_grad()
@@ -175,7 +199,7 @@ def inside_pairs(probabilities, videos):
     What cannot see the order of frames scores exactly .5 on clips and their reversals. None where no class has one.
     """
     names = {name: i for i, name in enumerate(videos.classes)}
-    opposite = [names.get(" to ".join(reversed(name.split(" to ")))) for name in videos.classes]
+    opposite = [names.get(data.opposite(name)) for name in videos.classes]
     rows = [i for i, label in enumerate(videos.labels) if opposite[label] not in (None, label)]
     if not rows:
         return None
@@ -297,6 +321,8 @@ def draw_seen(model, clip, path, classes, probabilities, pixels="imagenet"):
     shown = np.unique(np.linspace(0, len(clip) - 1, min(len(clip), 8)).round().astype(int))
     if isinstance(model, TCCLIP):
         summaries = model.vision(model.clip.visual, video)[2]
+        if not summaries:
+            raise ValueError("this model summarises nothing: it has no context tokens to draw")
         block, summary = max(summaries.items())
         (T, S), k = summary.seeds.shape[1:], summary.sizes.shape[1]
         group = summary.group.view(T, S).cpu().numpy()
@@ -355,7 +381,7 @@ def benchmark_model(variant, args, device):
                 nn.init.normal_(p, std=0.02)
     prompt = {} if method == "ila" else {"prompt": "a pic"}
     model = build_model(method, clip, args.frames, settings | prompt).to(device)
-    model.set_classes([f"{i:07d}" for i in range(args.num_classes)])  # bytes: start, 4, 7, "." and end are 13, or so
+    model.set_classes([f"{i:07d}" for i in range(args.num_classes)])  # bytes: start + 4 + 7 + "." + end = 14
     return model
 
 
@@ -417,11 +443,14 @@ def memory_of(variant, args):
     child = context.Process(target=peak_memory, args=(variant, args, results))
     child.start()
     child.join()
+    if child.exitcode:
+        raise ValueError(f"measuring the memory of {variant} failed; it may be more than there is: lower --batch or --frames")
     return results.get()
 
 
 def benchmark(args):
     """The methods side by side in one run: parameters, multiply-adds, time and memory, each against frame pooling."""
+    args.batch = args.batch or 2
     device = start_processes()
     models = {variant: benchmark_model(variant, args, device) for variant in VARIANTS}
     base, side = "frame pooling", models["frame pooling"].clip.visual.resolution
@@ -456,7 +485,8 @@ def run_command(main, parse):
     try:
         return main(parse())
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -482,13 +512,14 @@ def chosen_model(args, default_clip):
 def zeroshot(args):
     """Accuracy on every test set of a dataset; over several splits also their mean and standard deviation."""
     root = Path(args.data or f"data/{args.zeroshot}")
+    start_processes()
     tests = data.load_tests(args.zeroshot, root)
-    model, recipe = chosen_model(args, root / "clip.pt" if args.zeroshot == "shapes" else "ViT-B/16")
+    model, recipe = first_alone(lambda: chosen_model(args, root / "clip.pt" if args.zeroshot == "shapes" else "ViT-B/16"))
     results = {}
     for name, videos in tests.items():
         model.set_classes(videos.classes)
         videos = data.TestVideos(videos, views(recipe, model))
-        results[name] = scores(*predict(model, videos, workers=args.workers, title=name), videos.videos)
+        results[name] = scores(*predict(model, videos, args.batch or 8, args.workers, args.precision, name), videos.videos)
         if rank_and_world()[0] == 0:
             print(f"{args.zeroshot} {name}: {results[name]['videos']} videos, {len(videos.videos.classes)} classes, "
                   + ", ".join(f"{title} {100 * results[name][key]:.2f}" for key, title in SCORES.items()
@@ -564,13 +595,16 @@ def parse_args(arguments=None):
     parser.add_argument("--classes", help="class names with commas between them, or a file with one per line")
     parser.add_argument("--picture", metavar="PNG", help="draw what the model saw in the video")
     parser.add_argument("--frames", type=int, default=16, help="frames per video in the benchmark; default %(default)s")
-    parser.add_argument("--batch", type=int, default=2, help="videos per pass in the benchmark; default %(default)s")
+    parser.add_argument("--batch", type=int, help="videos per pass; default 8, in the benchmark 2")
     parser.add_argument("--num-classes", type=int, default=400, help="classes in the benchmark; default %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="passes per median in the benchmark; default %(default)s")
     parser.add_argument("--train", action="store_true", help="benchmark training steps instead of forward passes")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default %(default)s")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="loader processes; default %(default)s")
     args = parser.parse_args(arguments)
+    for name in ("frames", "batch", "num_classes", "repeats"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.video and not args.classes:
         parser.error("--video needs --classes, such as --classes \"juggling, running\"")
     return args

@@ -361,7 +361,7 @@ class ILA(nn.Module):
         self.video_prompt = VideoPrompt(width, embed) if config.video_prompt and self.head is None else None
         self.register_buffer("delta", torch.tensor(DISTURBANCE, dtype=clip.visual.proj.dtype))
         self.register_buffer("tokens", None, persistent=False)  # (C,L)
-        self.text_cache = TextCache().eval()
+        self.text_cache = TextCache(clip).eval()
         self.to(clip.visual.proj)  # its device and dtype
         for name, parameter in clip.named_parameters():
             parameter.requires_grad_(self.head is None and (name.startswith("visual.") or name == "logit_scale"))

@@ -76,15 +76,21 @@ def bipartite(tokens, k, step):
 
 
 def random(tokens, k, step):
-    """Every token joins a random group; the k drawn first keep each group from being empty."""
+    """Every token joins a random group, none of which is empty. One draw for all videos and calls [ours]: repeatable."""
     B, n, _ = tokens.shape
-    place = torch.rand(B, n, device=tokens.device).argsort(dim=1)  # (B,n) a random permutation
-    return torch.where(place < k, place, torch.randint(k, (B, n), device=tokens.device))
+    rng = torch.Generator().manual_seed(n)
+    place, other = torch.randperm(n, generator=rng), torch.randint(k, (n,), generator=rng)
+    return torch.where(place < k, place, other).to(tokens.device).expand(B, -1)
+
+
+def squared_distance(a, b):
+    """Euclidean, squared: a (B,n,D), b (B,m,D) -> (B,n,m). torch.cdist has no half precision."""
+    return (a.square().sum(-1)[..., None] + b.square().sum(-1)[:, None] - 2 * a @ b.transpose(1, 2)).clamp(min=0)
 
 
 def nearest(tokens, centres):
     """Index of the nearest centre: tokens (B,n,D), centres (B,k,D) -> (B,n)."""
-    return torch.cdist(tokens, centres).argmin(dim=-1)
+    return squared_distance(tokens, centres).argmin(dim=-1)
 
 
 def kmeans(tokens, k, step, iterations=5):
@@ -106,10 +112,11 @@ def dpc_knn(tokens, k, step, neighbours=5):
     The k largest products density * separation are the centres; every token joins its nearest one.
     """
     B, n, D = tokens.shape
-    distance = torch.cdist(tokens, tokens) / D ** 0.5  # (B,n,n)
+    distance = (squared_distance(tokens, tokens) / D).sqrt()  # (B,n,n)
     near = distance.topk(min(neighbours + 1, n), largest=False).values  # (B,n,1+neighbours), itself included
     density = (-near.square().mean(dim=-1)).exp()  # (B,n)
-    denser = density[:, None] > density[..., None]  # (B,n,n): column j is denser than row i
+    rank = density.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # (B,n): equal ones in their order
+    denser = rank[:, None] < rank[..., None]  # (B,n,n): column j is denser than row i
     separation = distance.where(denser, distance.amax(dim=(1, 2), keepdim=True)).amin(dim=-1)  # (B,n)
     centres = (density * separation).topk(k).indices  # (B,k)
     group = nearest(tokens, tokens.gather(1, centres[..., None].expand(-1, -1, D)))  # (B,n)
@@ -134,7 +141,8 @@ def merge_to(tokens, k, step=100, method="bipartite", sources=False):
     if n <= k or method == "none":
         k, group = n, torch.arange(n, device=tokens.device).expand(B, n)
     else:
-        with torch.no_grad():
+        # In the tokens' own precision: under fp16 autocast the products of large groups' sums would overflow.
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             group = MERGES[method](tokens, k, step)
     sizes = group_sizes(group, k)  # (B,k)
     merged = add_groups(tokens, group, k) / sizes.clamp(min=1)[..., None].to(tokens.dtype)  # (B,k,D)

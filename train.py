@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from clip_vit import load_clip, read_checkpoint
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run. The defaults are what the papers' recipes share; RECIPES holds what differs."""
+    """One training run. The defaults are what the papers' recipes share; what differs stands below."""
 
     protocol: str
     method: str
@@ -112,11 +113,11 @@ TC_RECIPES = {  # TC-CLIP, released configurations; ViFi-CLIP is trained alike
     "supervised": dict(epochs=30, warmup_epochs=5.0, lr=2.2e-5, lr_min=2.2e-7, batch=512, clips=4, crops=3),
 }
 PROTOCOLS = tuple(TC_RECIPES)
-ILA_RECIPE = dict(frames=8, weight_decay=0.003)  # [paper, Table 14] with TC-CLIP's numbers where ILA gives none
+ILA_RECIPE = dict(frames=8, weight_decay=0.003, position_lr=10.0, position_decay=0.003)  # [paper, Table 14] with TC-CLIP's numbers where ILA gives none
 ILA_SUPERVISED = {  # 50 000 and 30 000 steps of 256 videos; on SSv2 a linear head over a frozen CLIP, one-hot targets
     "k400": dict(epochs=53, warmup_epochs=5.0, lr=8e-6, lr_min=8e-8, batch=256),
-    "ssv2": dict(epochs=45, warmup_epochs=5.0, lr=5e-4, lr_min=5e-6, batch=256, new_lr=1.0, weight_decay=0.01, smoothing=0.0,
-                 mixup=0.0, cutmix=0.0, sampling="uniform", model={"num_classes": 174})}
+    "ssv2": dict(epochs=45, warmup_epochs=5.0, lr=5e-4, lr_min=5e-6, batch=256, new_lr=1.0, position_lr=1.0, weight_decay=0.01,
+                 position_decay=0.01, smoothing=0.0, mixup=0.0, cutmix=0.0, sampling="uniform", model={"num_classes": 174})}
 # The miniature world: what was found to teach a tiny CLIP the order of frames in a minute.
 MINIATURE = dict(
     frames=8, short_side=32, clips=1, shots=8, flip=0.0, scales=(1.0,), jitter=1.0, grey=0.0, shift=0.125,
@@ -129,30 +130,32 @@ MINIATURE_MODEL = {"vifi": dict(prompt="a pic"),
 MINIATURE_ILA = dict(lr=3e-4, new_lr=10.0, position_lr=66.0)
 
 
-def parse_value(name, text, default):
-    """`text` as a value of the type of a knob's default. Raises ValueError that names the knob."""
-    kinds = {bool: ("true or false", {"true": True, "false": False}.__getitem__), int: ("a whole number", int),
-             float: ("a number", float), str: ("text", str),
-             tuple: ("numbers with commas", lambda text: tuple(
-                 (int if all(isinstance(x, int) for x in default or ()) else float)(part) for part in text.split(",")))}
-    words, convert = kinds[tuple if default is None else type(default)]
+def parse_value(name, text, kind, default):
+    """`text` as a value of a knob's kind. Raises ValueError that names the knob."""
+    number = float if kind is tuple and any(isinstance(x, float) for x in default or ()) else int  # in a tuple
+    words, convert = {
+        bool: ("true or false", {"true": True, "false": False}.__getitem__), int: ("a whole number", int),
+        float: ("a number", float), str: ("text", str),
+        tuple: ("numbers with commas", lambda text: tuple(map(number, text.split(","))))}[kind]
     try:
         return convert(text)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"--set {name}={text}: {name} takes {words}, such as {default}") from error
+        raise ValueError(f"--set {name}={text}: {name} takes {words}; its default is {default}") from error
 
 
 def knobs(config):
-    """{name: default} of a configuration dataclass, those that have one."""
-    return {field.name: field.default for field in dataclasses.fields(config)
-            if field.default is not dataclasses.MISSING}
+    """{name: (kind, default)} of a configuration dataclass, of those that have a default. `int | None` is an int."""
+    return {field.name: ((typing.get_args(field.type) or [field.type])[0], field.default)
+            for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING}
 
 
 def resolve_recipe(protocol, method, dataset, clip=None, merges=None, settings=()):
     """The recipe of a run: the papers' numbers, the miniature's where it is used, then what `key=value` overrides."""
-    values = dict(TC_RECIPES[protocol])
+    values = {"model": {}} | TC_RECIPES[protocol]
     if method == "ila":
-        values |= ILA_RECIPE | (ILA_SUPERVISED.get(dataset, {}) if protocol == "supervised" else {})
+        values |= ILA_RECIPE
+    if method == "ila" and protocol == "supervised" and dataset in ILA_SUPERVISED:
+        values |= ILA_SUPERVISED[dataset]
     if dataset == "shapes":
         values |= MINIATURE | (MINIATURE_ILA if method == "ila" else {}) | {"model": MINIATURE_MODEL[method]}
     if dataset == "ssv2":
@@ -162,9 +165,9 @@ def resolve_recipe(protocol, method, dataset, clip=None, merges=None, settings=(
     for setting in settings:
         name, _, text = setting.partition("=")
         if name in run:
-            values[name] = parse_value(name, text, run[name])
+            values[name] = parse_value(name, text, *run[name])
         elif name in model:
-            values["model"] = values.get("model", {}) | {name: parse_value(name, text, model[name])}
+            values["model"] = values["model"] | {name: parse_value(name, text, *model[name])}
         else:
             raise ValueError(f"--set {setting}: {method} has no {name!r}; known are {', '.join([*run, *model])}")
     return Recipe(protocol, method, dataset, **values)
@@ -257,11 +260,19 @@ def save_json(path, content):
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
+def read_json(path):
+    """A dict that save_json wrote. Raises ValueError that names the file."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete its folder, or choose another --out") from error
+
+
 def open_folder(folder, recipe):
     """Makes the run folder, or checks that it holds a run of this very recipe. Raises ValueError where it does not."""
     new, path = json.loads(json.dumps(dataclasses.asdict(recipe))), folder / "recipe.json"
     if path.exists():
-        old = json.loads(path.read_text())
+        old = read_json(path)
         differ = [f"{key}={old.get(key)}" for key in new if old.get(key) != new[key] and key not in ("workers", "save_every")]
         if differ:
             raise ValueError(f"{folder} holds another run, with {', '.join(differ)}: choose another --out, or delete it")
@@ -269,7 +280,6 @@ def open_folder(folder, recipe):
         raise ValueError(f"{folder} holds other files and no recipe.json: choose another --out, or an empty folder")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        save_json(path, new)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -296,18 +306,27 @@ class Run:
 def start(recipe, folder, train_videos, validation_videos, device):
     """A Run at its beginning, or where folder/last.pt left it."""
     torch.manual_seed(recipe.seed)
-    clip = load_clip(recipe.clip, recipe.merges or None)
-    model = evaluation.build_model(recipe.method, clip, recipe.frames, recipe.model).to(device)
-    model.set_classes(train_videos.classes)
+
+    def build():
+        clip = load_clip(recipe.clip, recipe.merges or None)
+        model = evaluation.build_model(recipe.method, clip, recipe.frames, recipe.model).to(device)
+        model.set_classes(train_videos.classes)
+        return model
+    model = evaluation.first_alone(build)
+    if recipe.sync_bn and device.type == "cpu":
+        raise ValueError("sync_bn=true needs GPUs")
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=(0.9, 0.98), eps=1e-8)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     progress = {"step": 0, "sums": [0.0] * 3, "bad": [], "seconds": 0.0, "history": []}
     if (folder / "last.pt").exists():
         state = read_checkpoint(folder / "last.pt")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        progress = state["progress"]
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            progress = state["progress"]
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / 'last.pt'} is not of this run ({error!s:.200}): choose another --out") from error
     several = evaluation.rank_and_world()[1] > 1
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -344,6 +363,8 @@ def train_step(run, loader, count, videos, epoch):
     for i in range(count):
         clips, labels, weights, bad = next(loader)
         errors += bad
+        if clips is None:
+            raise ValueError("ten training videos in a row cannot be read: " + "; ".join(bad))
         weights = weights.to(device, torch.float32)  # (b,)
         video = data.normalise(clips.to(device, non_blocking=True), recipe.pixels)  # (b,T,3,R,R)
         targets = data.soft_targets(labels.to(device), len(run.training.videos.classes), recipe.smoothing)  # (b,C)
@@ -415,6 +436,7 @@ def finish_epoch(run, rate):
         lines = "".join(json.dumps(old) + "\n" for old in progress["history"])
         write_atomically(run.folder / "log.jsonl", lambda file: file.write(lines.encode()))
         evaluation.draw_curves(progress["history"], run.folder / "curves.png")
+    evaluation.gather([])  # nobody reads best.pt before it is whole
 
 
 def test(run, videos):
@@ -434,12 +456,12 @@ def run_recipe(recipe, root, folder, device):
     rank, _ = evaluation.rank_and_world()
     train_videos, tests = data.load_protocol(recipe.protocol, recipe.dataset, root, recipe.shots, recipe.seed,
                                              recipe.train_list, recipe.test_list, recipe.labels)
-    if rank == 0:
-        open_folder(folder, recipe)
-    evaluation.gather([])  # the others wait
+    evaluation.on_first(lambda: open_folder(folder, recipe))
     if (folder / "results.json").exists():
-        return json.loads((folder / "results.json").read_text())
+        return read_json(folder / "results.json")
     run = start(recipe, folder, train_videos, next(iter(tests.values())), device)
+    if rank == 0:  # only now: what could not even start leaves no trace
+        save_json(folder / "recipe.json", dataclasses.asdict(recipe))
     with tqdm(total=recipe.epochs * run.per_epoch, initial=run.progress["step"], desc=recipe.method, unit="step",
               disable=rank > 0) as bar:
         while run.progress["step"] < recipe.epochs * run.per_epoch:
@@ -449,7 +471,7 @@ def run_recipe(recipe, root, folder, device):
                "bad": sorted({error for line in run.progress["history"] for error in line["bad"]})}
     for name, videos in tests.items():
         results["tests"][name] = test(run, data.TestVideos(videos, views_of(recipe, run.model), recipe.keep_decoded))
-    results["seconds"] = round(sum(line["seconds"] for line in run.progress["history"][-1:]), 1)
+    results["seconds"] = round(run.progress["history"][-1]["seconds"], 1)
     if recipe.protocol == "base2novel":
         base, novel = (results["tests"][name]["top1"] for name in ("base", "novel"))
         results["harmonic_mean"] = 2 * base * novel / max(base + novel, 1e-9)
@@ -515,7 +537,7 @@ def captioned_stills(rng, batch):
 
 
 def pretrain_tiny_clip(path, seed=0, steps=250, batch=64, lr=6e-4, device="cpu"):
-    """Pretrain the tiny CLIP and save its state_dict at `path`, whole or not at all; returns the model, in eval mode.
+    """Pretrains the tiny CLIP and saves its state_dict at `path`, whole or not at all.
 
     Loss: as CLIP's, in both directions, but the targets are uniform over all that is true; the logit scale stays at 20.
     """
@@ -542,7 +564,7 @@ def pretrain_tiny_clip(path, seed=0, steps=250, batch=64, lr=6e-4, device="cpu")
 
 def prepare_miniature(root, device):
     """Renders the world and pretrains its CLIP, root/clip.pt, where that is not done yet."""
-    if not (root / "train").is_dir():
+    if not all((root / split).is_dir() for split in ("train", "base", "novel")):
         data.write_shapes(root, seed=0)
     if not (root / "clip.pt").is_file():
         pretrain_tiny_clip(root / "clip.pt", device=device)
@@ -580,9 +602,8 @@ def main(args):
     results = {}
     if dataset == "shapes" and device.type == "cpu":
         torch.set_num_threads(1)  # 32-pixel tensors gain nothing from more, and lose much where other programs run
-    if dataset == "shapes" and os.environ.get("LOCAL_RANK", "0") == "0":
-        prepare_miniature(root, device)
-    evaluation.gather([])  # the others wait
+    if dataset == "shapes":
+        evaluation.first_alone(lambda: prepare_miniature(root, device))
     for method in methods:
         clip = args.clip or (str(root / "clip.pt") if dataset == "shapes" else None)
         recipe = resolve_recipe(args.protocol, method, dataset, clip, args.merges, args.set)

@@ -90,15 +90,24 @@ class TCCLIP(nn.Module):
         if config.prompting == "video" and E != W:
             raise ValueError(f"video prompting needs a joint width ({E}) equal to the text width ({W}); "
                              "these weights allow prompting=learned")
+        for name, blocks, count in (("prompt_blocks", config.prompt_blocks, len(text_blocks)),
+                                    ("context_blocks", config.context_blocks, len(vision_blocks)),
+                                    ("reference_blocks", config.reference_blocks or (), len(vision_blocks))):
+            if any(not -count <= i < count for i in blocks):
+                raise ValueError(f"{name} {blocks}: there are blocks 0 to {count - 1} (or -{count} to -1)")
         self.levels = {j % len(text_blocks): i % len(vision_blocks)  # text block: the vision block whose context it gets
                        for j, i in zip(config.prompt_blocks, config.context_blocks) if config.prompting == "video"}
+        if config.prompting == "video" and len(self.levels) < len(config.prompt_blocks):
+            raise ValueError(f"prompt_blocks {config.prompt_blocks} name a block twice")
         self.vision = ContextTower(clip.visual, config, self.levels.values())
         words = clip.tokenize([config.prompt])[0]
         words = words[1:int(words.argmax())]  # without start and end: M ids
         self.vectors = nn.Parameter(clip.token_embedding.weight[words].detach().clone(),  # (M,W)
                                     requires_grad=config.prompting != "none")
         self.prompt_layers = nn.ModuleList(PromptLayer(text_blocks[j]) for j in sorted(self.levels))
-        self.text_cache = TextCache()
+        self.text_cache = TextCache(clip)
+        self.register_buffer("tokens", None, persistent=False)
+        self.register_buffer("end", None, persistent=False)
         clip.token_embedding.requires_grad_(False)
 
     def set_classes(self, names):
@@ -106,13 +115,14 @@ class TCCLIP(nn.Module):
         names = [split_capitals(name).replace("_", " ") for name in names]
         length = min(self.config.text_length, len(self.clip.positional_embedding))
         tokens = self.clip.tokenize([f"{self.config.prompt} {name}." for name in names], length)
-        self.register_buffer("end", tokens.argmax(dim=-1), persistent=False)  # (C,)
+        self.end = tokens.argmax(dim=-1)  # (C,)
         # The tower is causal: what stands behind the longest end token cannot matter and is cut off [ours, exact].
-        self.register_buffer("tokens", tokens[:, :int(self.end.max()) + 1], persistent=False)  # (C,L)
+        self.tokens = tokens[:, :int(self.end.max()) + 1]  # (C,L)
         self.text_cache.drop()
 
     def forward(self, video):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
+        assert self.tokens is not None, "no classes yet: call set_classes(names) first"
         if self.config.positions == "joint" and video.shape[1] != self.config.frames:
             raise ValueError(f"the video has {video.shape[1]} frames; this model was made for {self.config.frames}")
         frames, contexts, _ = self.vision(self.clip.visual, video)  # (B,T,E), {block: (B,k,E)}
@@ -132,7 +142,7 @@ class TCCLIP(nn.Module):
         x = self.text_cache(self.shared_blocks)  # (C,L,W) at the entrance of the first prompted block
         if self.levels:
             x = self.prompted_blocks(x, contexts)  # (B,C,L,W)
-        return self.finish(x[..., torch.arange(len(self.end)), self.end, :])
+        return self.finish(x[..., torch.arange(len(self.end), device=x.device), self.end, :])
 
     def finish(self, x):
         return self.clip.ln_final(x) @ self.clip.text_projection  # (...,C,E)
@@ -158,7 +168,7 @@ class TCCLIP(nn.Module):
         -> x (C,W), q (C,H,d), logit (C,H), value (C,H,d), and the vectors at the block's entrance (M,W).
         """
         x, block, M = self.shared_blocks(), self.clip.transformer.resblocks[-1], len(self.vectors)
-        rows, vectors = torch.arange(len(x)), x[0, 1:1 + M]
+        rows, vectors = torch.arange(len(x), device=x.device), x[0, 1:1 + M]
         fixed = torch.cat([x[:, :1], x[:, 1 + M:]], dim=1)  # (C,L-M,W)
         k, v = block.attn.keys_values(block.ln_1(fixed))  # (C,H,L-M,d)
         x = x[rows, self.end]  # (C,W)
@@ -213,7 +223,7 @@ def load_released(model, state_dict):
         if key.endswith(".attn.local_global_bias_table"):
             key, value = f"vision.local_global_bias.{key.split('.')[4]}", value.flatten(1)  # (H,1,2) -> (H,2)
         if key == "clip.visual.positional_embedding" and model.config.positions == "joint":
-            key, value = "vision.positions", value.reshape(model.config.frames, -1, value.shape[-1])  # (T,N,D)
+            key, value = "vision.positions", value.reshape(-1, *model.vision.positions.shape[1:])  # (T,N,D)
         state[key] = value
     for name in [name for name in state if name.endswith((".q_proj.weight", ".q_proj.bias"))]:
         parts = [state.pop(name.replace(".q_proj.", f".{p}_proj."), torch.empty(0)) for p in "qkv"]

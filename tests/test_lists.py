@@ -1,7 +1,10 @@
 """Annotations: class folders, the published lists and labels, few-shot draws, base and novel classes."""
 
+import ast
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+
+
+def test_who_may_import_whom():
+    """clip_vit, token_merge and data stand alone; nothing imports what stands above it."""
+    allowed = {"clip_vit": set(), "token_merge": set(), "data": set(), "temporal_context": {"clip_vit", "token_merge"},
+               "video_prompt": {"clip_vit", "temporal_context"}, "ila": {"clip_vit"},
+               "eval": {"data", "clip_vit", "video_prompt", "ila"}}
+    allowed["train"] = allowed["eval"] | {"eval"}
+    for name, others in allowed.items():
+        tree = ast.parse((Path(__file__).resolve().parents[1] / f"{name}.py").read_text())
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert imported & set(allowed) <= others, name
+        packages = {module.split(".")[0] for module in imported} - set(allowed) - set(sys.stdlib_module_names)
+        assert packages <= {"torch", "numpy", "PIL", "av", "tqdm"}, name
 
 
 def touch(root, *names):
@@ -48,6 +66,9 @@ def test_lists_are_split_at_the_last_space_and_videos_found_anywhere(tmp_path):
         (tmp_path / "wrong.txt").write_text(line + "\n")
         with pytest.raises(ValueError, match="wrong.txt, line 1.*below 2"):
             data.read_list(tmp_path / "wrong.txt", tmp_path, ["a", "b"])
+    touch(tmp_path, "run/001.mp4")  # another class's video of the same name is not the one that is listed
+    (tmp_path / "same.txt").write_text("jump/001.mp4 0\nrun/001.mp4 1\n")
+    assert [p.is_file() for p in data.read_list(tmp_path / "same.txt", tmp_path, ["jump", "run"]).paths] == [False, True]
     (tmp_path / "none.txt").write_text("gone.avi 0\n")
     with pytest.raises(ValueError, match="none of its 1 videos"):
         data.read_list(tmp_path / "none.txt", tmp_path, ["a"])
@@ -96,6 +117,10 @@ def test_the_published_lists(tmp_path, dataset, classes, tests):
         train, few = data.load_protocol("fewshot", dataset, root, shots, 0)
         assert np.bincount(train.labels).tolist() == [shots] * classes and list(few) == ["val1"]
     assert all(path.is_file() for path in train.paths)
+    half, halves = data.load_protocol("base2novel", dataset, root, 16, 0)
+    published_names = data.read_labels(root / "lists" / f"{dataset[:-2] if classes == 51 else 'ucf'}_{classes}_base_labels.csv")
+    assert half.classes == halves["base"].classes == published_names and not {*half.classes} & {*halves["novel"].classes}
+    assert len(halves["base"].paths) + len(halves["novel"].paths) == tests[0]
     if dataset == "hmdb51":  # the labels file is wrong there: a clip's class is a part of its name
         for videos in (train, *found.values()):
             names = [videos.classes[label].replace(" ", "_") for label in videos.labels]
@@ -111,6 +136,18 @@ def test_what_is_missing_is_said(tmp_path):
         data.load_tests("hmdb51", tmp_path / "hmdb51")
     with pytest.raises(ValueError, match="known are shapes, hmdb51"):
         data.load_tests("hmdb", tmp_path)
+
+
+def test_empty_and_missing_test_folders(tmp_path):
+    touch(tmp_path, "train/a/1.mp4", "train/b/1.mp4")
+    with pytest.raises(ValueError, match="neither|no test/"):
+        data.load_tests("folder", tmp_path)
+    touch(tmp_path, "test/b/2.mp4")
+    (tmp_path / "test" / "a").mkdir()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "all").symlink_to(tmp_path / "train" / "a")
+    assert data.load_tests("folder", tmp_path)["test"].classes == ("a", "b")  # an empty class is still a class
+    assert [p.name for p in data.videos_below(tmp_path / "linked")] == ["1.mp4"]
 
 
 def test_ones_own_class_folders(tmp_path):

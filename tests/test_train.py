@@ -60,8 +60,26 @@ def test_the_papers_recipes(protocol, epochs, warmup, lr, lowest, batch, clips, 
     assert train.resolve_recipe(protocol, "tc", "ssv2").flip == 0  # left and right are classes there
 
 
+def test_ilas_recipes():
+    k400, ssv2 = (train.resolve_recipe("supervised", "ila", name) for name in ("k400", "ssv2"))
+    assert (k400.lr, k400.weight_decay, k400.frames, k400.sampling) == (8e-6, 0.003, 8, "tsn")
+    assert (ssv2.lr, ssv2.lr_min, ssv2.weight_decay, ssv2.sampling, ssv2.smoothing, ssv2.mixup, ssv2.cutmix, ssv2.flip) == (
+        5e-4, 5e-6, 0.01, "uniform", 0, 0, 0, 0)
+    for recipe, settings, multiples in ((k400, {}, {1.0, 10.0}), (ssv2, {"num_classes": 5}, {1.0})):
+        model = evaluation.build_model("ila", tiny_clip(), 8, settings)
+        groups = train.parameter_groups(model, recipe)
+        names = {id(p): name for name, p in model.named_parameters()}
+        assert {group["multiple"] for group in groups} == multiples
+        for group in groups:
+            assert group["weight_decay"] == recipe.weight_decay
+            for p in group["params"]:
+                assert names[id(p)].startswith("clip.visual.") == (group["multiple"] == 1 and not settings) or "logit" in names[id(p)]
+        assert not any(p.requires_grad for name, p in model.named_parameters() if name.startswith("clip.transformer"))
+
+
 def test_overrides_are_checked():
     r = train.resolve_recipe("fewshot", "tc", "hmdb51", settings=["lr=1e-4", "merge=kmeans", "reference_blocks=8,9", "keep_best=false"])
+    assert train.resolve_recipe("fewshot", "ila", "ssv2", settings=["num_classes=3"]).model == {"num_classes": 3}
     assert r.lr == 1e-4 and r.model == {"merge": "kmeans", "reference_blocks": (8, 9)} and r.keep_best is False
     for wrong, words in (("lr=fast", "a number"), ("epochs=2.5", "a whole number"), ("keep_best=1", "true or false"),
                          ("colour=red", "known are"), ("scales=a,b", "with commas")):
@@ -134,6 +152,9 @@ def test_two_processes_give_the_weights_of_one(world, tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max(float((one[k].float() - two[k].float()).abs().max()) for k in one) < 1e-5
+    results = [json.loads((tmp_path / n / "results.json").read_text())["tests"] for n in ("one", "two")]
+    for name in results[0]:  # the same model was tested: a rounding may turn one or two videos of this random CLIP
+        assert abs(results[0][name]["top1"] - results[1][name]["top1"]) <= 2 / results[0][name]["videos"]
     moved = read_checkpoint(world / "clip.pt")  # and they did learn something
     assert max(float((one[f"clip.{k}"] - moved[k]).abs().max()) for k in moved) > 1e-3
 
@@ -175,6 +196,22 @@ def test_a_broken_write_leaves_the_last_good_state(tmp_path):
     assert read_checkpoint(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
+def test_a_start_that_failed_leaves_the_folder_free(world, tmp_path):
+    with pytest.raises(ValueError, match="no such|neither a file"):
+        train.main(train.parse_args(arguments(world, tmp_path / "run", "epochs=1") + ["clip=nowhere.pt"]))
+    assert run(world, tmp_path / "run", "epochs=1")["tests"]
+    (tmp_path / "run" / "recipe.json").write_text("[")
+    with pytest.raises(ValueError, match="recipe.json is damaged"):
+        run(world, tmp_path / "run", "epochs=1")
+
+
+def test_ones_own_folder_is_not_taken_for_the_miniature(tmp_path):
+    (tmp_path / "mine" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="--dataset folder"):
+        train.main(train.parse_args(["--protocol", "fewshot", "--data", str(tmp_path / "mine")]))
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["train"]
+
+
 def test_other_runs_are_not_touched(world, tmp_path):
     run(world, tmp_path / "a", "epochs=1")
     before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
@@ -212,6 +249,12 @@ def test_bad_training_videos_are_replaced_and_named(world, tmp_path):
     assert result["bad"] == line["bad"]
 
 
+def test_nothing_but_bad_videos_stops_the_run_with_the_list(world, tmp_path):
+    root = spoiled(world, tmp_path / "data", 80)
+    with pytest.raises(ValueError, match="ten training videos in a row.*mp4: .*mp4: "):
+        run(root, tmp_path / "run", "epochs=1", "workers=1")
+
+
 def test_too_many_bad_videos_stop_the_run(world, tmp_path):
     root = spoiled(world, tmp_path / "data", 8)
     with pytest.raises(ValueError, match="8 of 80 videos cannot be read.*000.mp4"):
@@ -220,7 +263,7 @@ def test_too_many_bad_videos_stop_the_run(world, tmp_path):
 
 # ---- every method and protocol, and wrong use --------------------------------------------------------------------------
 
-@pytest.mark.parametrize("protocol, method", [(p, "tc") for p in train.PROTOCOLS[::2]] + [("base2novel", "vifi")])
+@pytest.mark.parametrize("protocol, method", [("zeroshot", "tc"), ("supervised", "ila"), ("base2novel", "vifi")])
 def test_protocols(world, tmp_path, protocol, method):
     result = run(world, tmp_path / "run", "epochs=1", "precision=bf16", protocol=protocol, method=method)
     assert set(result["tests"]) == {"base", "novel"} and result["tests"]["base"]["videos"] == 40
@@ -229,6 +272,15 @@ def test_protocols(world, tmp_path, protocol, method):
         p.name for p in (tmp_path / "run").iterdir()}
     if method == "vifi":
         assert result["tests"]["base"]["pairs"] == 0.5  # frame pooling cannot see the order of frames
+
+
+def test_two_processes_of_one_epoch_and_batch_norm(world, tmp_path):
+    """ILA under DDP; the only epoch's best.pt is read by both processes; the last step has a video for one alone."""
+    done = command("train.py", *arguments(world, tmp_path / "two", "epochs=1", "batch=26", method="ila"), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["tests"]["base"]["videos"] == 40
+    delta = read_checkpoint(tmp_path / "two" / "last.pt")["model"]["delta"]
+    assert abs(float(delta) - 0.2) < 1e-6
 
 
 @pytest.mark.parametrize("words, said", [
