@@ -312,7 +312,7 @@ class VideoPrompt(nn.Module):
 
 @dataclass(frozen=True)
 class ILAConfig:  # tables are the paper's; forms "released" and "released-ssv2" fix align ... rival
-    frames: int = 8
+    frames: int = 8                 # T
     form: str = "paper"             # paper, released, released-ssv2
     num_classes: int | None = None  # SSv2's recipe: more convolutions, a linear head of so many classes, CLIP frozen
     align: str = "adjacent"         # adjacent, first, middle: the frame that each is aligned with (Table 6)

@@ -5,15 +5,18 @@
     torchrun --nproc_per_node=8 train.py --protocol zeroshot --dataset k400 --data /videos/k400 --out runs/k400
 
 The same command again goes on where it was broken off. Everything random is drawn from (seed, epoch, video) or (seed,
-step), so that neither the number of processes and workers nor an interruption changes what is computed.
+step), so that neither the number of processes and workers nor an interruption changes what is computed, but that batch
+norm (ILA; see sync_bn) sees a process's videos alone, and dropout is drawn per process.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
+import re
 import sys
 import time
 import typing
@@ -29,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-import eval as evaluation
+import eval as evaluation  # `eval` is a builtin
 from clip_vit import load_clip, read_checkpoint
 
 
@@ -44,41 +47,41 @@ class Recipe:
     dataset: str
     clip: str = "ViT-B/16"  # OpenAI name or file
     merges: str = ""  # path of CLIP's BPE merges; empty: the cache folder
-    seed: int = 1024
+    seed: int = 1024  # of all that is random
     shots: int = 16  # training videos per class
     train_list: str = ""  # published lists and labels, where they are not in the data folder
-    test_list: str = ""
-    labels: str = ""
+    test_list: str = ""  # the same, to test on
+    labels: str = ""  # CSV id,name or JSON
     # a video as input
-    frames: int = 16
+    frames: int = 16  # T
     sampling: str = "tsn"  # tsn, uniform
     clips: int = 2  # test views in time
     crops: int = 1  # test views in space, 1 or 3
     pixels: str = "imagenet"  # imagenet, clip: whose pixel mean and deviation
     short_side: int = 0  # pixels, before the crop; 0: 256/224 of the model's resolution
     # augmentation
-    flip: float = 0.5
+    flip: float = 0.5  # probability
     scales: tuple = (1.0, 0.875, 0.75, 0.66)  # multi-scale crop, parts of the short side
     jitter: float = 0.8  # probability
     grey: float = 0.2  # probability
     shift: float = 0.0  # largest move, part of the side
     strengths: tuple = (0.4, 0.4, 0.2, 0.1)  # of jitter: brightness, contrast, saturation, hue
-    smoothing: float = 0.1
-    mixup: float = 0.8
-    cutmix: float = 1.0
+    smoothing: float = 0.1  # of the labels
+    mixup: float = 0.8  # a of Beta(a, a); 0: never
+    cutmix: float = 1.0  # the same
     switch: float = 0.5  # probability of cutmix where both are on
     # optimisation
-    epochs: int = 30
-    warmup_epochs: float = 5.0
-    lr: float = 8e-6
-    lr_min: float = 8e-8
+    epochs: int = 30  # passes over the training videos
+    warmup_epochs: float = 5.0  # linear, from 0
+    lr: float = 8e-6  # peak rate, of what comes from CLIP
+    lr_min: float = 8e-8  # rate at the end
     new_lr: float = 10.0  # times lr, for the modules that CLIP lacks
     position_lr: float = 1.0  # times lr, for temporal position embeddings
     schedule: str = "released"  # released, continuous: see learning_rate
     batch: int = 256  # videos per optimiser step, over all processes
-    micro_batch: int = 8  # videos per forward pass, even; memory grows with it, the result does not change
-    weight_decay: float = 0.001
-    position_decay: float = 0.001
+    micro_batch: int = 8  # videos per forward pass, even; costs memory; only batch norm sees it
+    weight_decay: float = 0.001  # of AdamW
+    position_decay: float = 0.001  # the same, for temporal position embeddings
     clip_grad: float = 0.0  # largest gradient norm; 0: no limit
     precision: str = "fp32"  # fp32, bf16, fp16
     # the run
@@ -616,8 +619,17 @@ def main(args):
     return 0
 
 
+def describe(config):
+    """Lines on the knobs of a configuration dataclass, read off its source: name, default, the comment beside it."""
+    found = re.findall(r"^    (\w+): [^=\n]+ = ([^#\n]+?)(?: +# (.*))?$", inspect.getsource(config), re.MULTILINE)
+    return "\n".join(f"  {name}={default}  {meaning}" for name, default, meaning in found if name != "model")
+
+
 def parse_args(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [f"--set, the recipe (the protocols differ):\n{describe(Recipe)}"]
+    known += [f"--set, --method {method}:\n{describe(config)}" for method, (_, config) in evaluation.METHODS.items()]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="\n".join(known))
     parser.add_argument("--protocol", required=True, choices=PROTOCOLS)
     parser.add_argument("--method", choices=evaluation.METHODS, help="default tc; on the miniature, vifi and tc")
     parser.add_argument("--dataset", help=f"one of {', '.join(data.DATASETS)}; default shapes, the miniature world")

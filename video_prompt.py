@@ -51,7 +51,7 @@ class TCConfig:
     seed_ratio: float = 0.3  # alpha: the share of a frame's patches that become seeds
     merge_step: int = 100  # r: pairs merged by one bipartite round
     positions: str = "space"  # space: the same for all frames; joint: one per frame and token
-    local_global_bias: bool = True
+    local_global_bias: bool = True  # one for own and one for reference tokens, per head
     text_length: int = 30  # longest prompt, in tokens
     merge: str = "bipartite"  # bipartite, none, random, kmeans, dpc-knn
     reference: str = "context"  # what frames look at: context, class, neighbour, all, none
