@@ -259,7 +259,8 @@ def tokenize(texts, length=77, merges=None, vocabulary=49408):
                                                              else byte_pair_encode(word, ranks))]
         line = [ids[part] for part in ["<|startoftext|>", *parts, "<|endoftext|>"]]
         if len(line) > length:
-            raise ValueError(f"text of {len(line)} tokens does not fit in {length}: {text!r}; shorten it, or raise text_length")
+            raise ValueError(f"text of {len(line)} tokens does not fit in {length}: {text!r}; shorten it, or raise "
+                             "text_length")
         row[:len(line)] = torch.tensor(line)
     return tokens
 
@@ -467,6 +468,11 @@ def cosine_logits(video, text, logit_scale):
         logit_scale.exp() * video @ text.T
 
 
+def autocast_state():
+    """Under which autocast things are computed now; what is kept from one must not be used under another."""
+    return torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")
+
+
 class TextCache(nn.Module):
     """Keeps what the text tower computed for a class set, for as long as no weight can have changed.
 
@@ -483,6 +489,9 @@ class TextCache(nn.Module):
     def drop(self, *_):
         self.value = None
 
+    def keep(self, value):
+        self.value, self.made_under = value, autocast_state()
+
     def train(self, mode=True):
         self.drop()
         return super().train(mode)
@@ -495,10 +504,9 @@ class TextCache(nn.Module):
         """compute() in training; the value kept since its first call otherwise."""
         if self.training:
             return compute()
-        under = torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")  # the precision of the value
-        if self.value is None or self.made_under != under:
+        if self.value is None or self.made_under != autocast_state():
             with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, usable under autograd too
-                self.value, self.made_under = compute(), under
+                self.keep(compute())
         return self.value
 
 

@@ -312,7 +312,8 @@ PUBLISHED = {
     "k400": ("kinetics_400_labels.csv", "train.txt", ("val.txt",), "https://github.com/cvdfoundation/kinetics-dataset"),
     "k600": ("ZS_split{split}_K600.csv", "train.txt", ("ZS_split1_K600_eval.txt", "ZS_split2_K600_eval.txt",
              "ZS_split3_K600_eval.txt"), "https://github.com/cvdfoundation/kinetics-dataset"),
-    "ssv2": ("ssv2_labels.csv", "train.txt", ("val.txt",), "https://www.qualcomm.com/developer/software/something-something-v-2-dataset"),
+    "ssv2": ("ssv2_labels.csv", "train.txt", ("val.txt",),
+             "https://www.qualcomm.com/developer/software/something-something-v-2-dataset"),
 }
 DATASETS = ("shapes", *PUBLISHED, "folder")
 
@@ -464,7 +465,8 @@ def check_root(dataset, root):
     if dataset not in DATASETS:
         raise ValueError(f"dataset {dataset!r} is unknown; known are {', '.join(DATASETS)}")
     if not root.is_dir() or not any(root.iterdir()):
-        where = {"shapes": "`python train.py --protocol fewshot` renders it", "folder": "one folder per class, with its videos"}
+        where = {"shapes": "`python train.py --protocol fewshot` renders it",
+                 "folder": "one folder per class, with its videos"}
         raise ValueError(f"{root}: no data there; {dataset} is expected in it, or in the folder that --data names: "
                          + where.get(dataset, f"videos from {PUBLISHED[dataset][-1] if dataset in PUBLISHED else ''}"))
     return root
@@ -482,8 +484,8 @@ def load_tests(dataset, root, test_list="", labels=""):
         return {"test": class_folders(root)}
     names, _, lists, page = PUBLISHED[dataset] if dataset in PUBLISHED else ("labels.csv", "", (), "your own lists")
     found = [test_list] if test_list else [find_file(root, name, page) for name in lists]
-    return {Path(path).stem: read_list(path, root, class_names(dataset, labels or find_file(root, names.format(split=i), page)))
-            for i, path in enumerate(found, 1)}
+    classes = [class_names(dataset, labels or find_file(root, names.format(split=i), page)) for i in range(1, 1 + len(found))]
+    return {Path(path).stem: read_list(path, root, names) for path, names in zip(found, classes)}
 
 
 def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list="", labels=""):
@@ -714,8 +716,8 @@ def write_shapes(folder, seed, shots_max=16, base_clips=10, novel_clips=20):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already and holds no whole miniature world: choose another folder with --data; "
                          "for your own videos add --dataset folder")
-    clips = [(split, name, i) for split, names, count in (("train", base, shots_max), ("base", base, base_clips),
-                                                          ("novel", novel, novel_clips)) for name in names for i in range(count)]
+    splits = ("train", base, shots_max), ("base", base, base_clips), ("novel", novel, novel_clips)
+    clips = [(split, name, i) for split, names, count in splits for name in names for i in range(count)]
     unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
         for split, name, i in tqdm(clips, desc="rendering the miniature world", unit="clip"):

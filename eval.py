@@ -34,7 +34,8 @@ from video_prompt import TCCLIP, TCConfig
 from video_prompt import load_released as load_released_tc
 
 METHODS = {"tc": (TCCLIP, TCConfig), "ila": (ILA, ILAConfig), "vifi": (FramePool, PoolConfig)}
-VANILLA = dict(method="vifi", frames=16, sampling="tsn", clips=2, crops=1, pixels="clip", short_side=0, clip="ViT-B/16", model={})
+VANILLA = dict(method="vifi", frames=16, sampling="tsn", clips=2, crops=1, pixels="clip", short_side=0, clip="ViT-B/16",
+               model={})  # how vanilla CLIP sees a video, as a recipe
 SCORES = {"top1": "top-1", "top5": "top-5", "pairs": "inside reversed pairs"}
 BAD_SHARE = 0.05  # more unreadable videos than this stop a run
 
@@ -86,7 +87,8 @@ def ensemble(base, tuned, weight):
     """
     differ = [key for key, value in tuned.items() if key not in base or base[key].shape != value.shape]
     if differ:
-        raise ValueError(f"the checkpoint was not tuned from this CLIP; they differ in {', '.join(differ[:3])}: give its --clip")
+        raise ValueError(f"the checkpoint was not tuned from this CLIP; they differ in {', '.join(differ[:3])}: "
+                         "give its --clip")
     return {key: torch.lerp(base[key].to(value), value, weight)
             if key.startswith("clip.") or key == "vision.positions" else value for key, value in tuned.items()}
 
@@ -229,7 +231,8 @@ def draw_curves(history, path):
     """Training loss and validation accuracy over the epochs, side by side, as a PNG of 1000 x 400 pixels."""
     picture = Image.new("RGB", (1000, 400), PAPER)
     draw = ImageDraw.Draw(picture)
-    for left, key, title, colour in ((70, "loss", "training loss", COLOURS[0]), (570, "top1", "validation top-1", COLOURS[1])):
+    for left, key, title, colour in ((70, "loss", "training loss", COLOURS[0]),
+                                     (570, "top1", "validation top-1", COLOURS[1])):
         points = [(line["epoch"], line[key]) for line in history if key in line]
         if not points:
             continue
@@ -402,7 +405,8 @@ def ila_cost(name, frames, num_classes=None):
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
             clip = CLIP(**sizes | {"vision_layers": layers})
             model = ILA(clip, ILAConfig(frames=frames, num_classes=num_classes)).eval()
-            model.tokens, model.text_cache.value = torch.empty(1, 77), torch.empty(1, sizes["embed"])
+            model.tokens = torch.empty(1, 77)
+            model.text_cache.keep(torch.empty(1, sizes["embed"]))
             model(torch.empty(1, frames, 3, sizes["resolution"], sizes["resolution"]))
             prompt = torch.empty(1, 77, sizes["text_width"])
             for block in clip.transformer.resblocks if num_classes is None else ():
@@ -444,7 +448,7 @@ def memory_of(variant, args):
     child.start()
     child.join()
     if child.exitcode:
-        raise ValueError(f"measuring the memory of {variant} failed; it may be more than there is: lower --batch or --frames")
+        raise ValueError(f"measuring the memory of {variant} failed; it may be more than there is: lower --batch")
     return results.get()
 
 
@@ -462,15 +466,17 @@ def benchmark(args):
     seconds = {name: np.array(taken[1:]) for name, taken in seconds.items()}  # the first is a warm-up
     memory = {name: memory_of(name, args) for name in models}
     processor = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.clip or 'ViT-B/16'}, {'training step' if args.train else 'forward'}, {args.frames} frames, batch {args.batch}, "
-          f"{args.num_classes} classes, {args.precision}, {processor}; medians of {args.repeats} (smallest to largest ratio)")
+    print(f"{args.clip or 'ViT-B/16'}, {'training step' if args.train else 'forward'}, {args.frames} frames, "
+          f"batch {args.batch}, {args.num_classes} classes, {args.precision}, {processor}; medians of {args.repeats} "
+          "(smallest to largest ratio)")
     print(f"{'':22}{'parameters':>12}{'G per video':>13}{'G per class set':>17}{'videos/s':>10}{'time ratio':>20}"
           f"{'peak GB':>9}{'ratio':>7}")
     for name, model in models.items():
         ratios = seconds[name] / seconds[base]
         count = sum(p.numel() for key, p in model.named_parameters() if "token_embedding" not in key) / 1e6
-        print(f"{name:22}{count:10.1f} M{costs[name][0]:13.1f}{costs[name][1]:17.1f}{args.batch / np.median(seconds[name]):10.2f}"
-              f"{np.median(ratios):8.3f} ({ratios.min():.2f}-{ratios.max():.2f}){memory[name]:9.2f}{memory[name] / memory[base]:7.2f}")
+        print(f"{name:22}{count:10.1f} M{costs[name][0]:13.1f}{costs[name][1]:17.1f}"
+              f"{args.batch / np.median(seconds[name]):10.2f}{np.median(ratios):8.3f} ({ratios.min():.2f}-{ratios.max():.2f})"
+              f"{memory[name]:9.2f}{memory[name] / memory[base]:7.2f}")
     print("\nILA, G multiply-adds with one class of text at 77 tokens, here and in the paper:")
     for (name, frames, classes), paper in ILA_COSTS.items():
         cost = ila_cost(name, frames, classes)

@@ -35,9 +35,8 @@ def match(x, r):
     """
     B, n, _ = x.shape
     n_a = (n + 1) // 2
-    norm = x.norm(dim=-1)  # (B,n)
-    # cos(a, b) = a.b / |a||b|: scaling the scores is cheaper than scaling the tokens.
-    scores = x[:, ::2] @ x[:, 1::2].transpose(1, 2) / (norm[:, ::2, None] * norm[:, None, 1::2])  # (B,n_a,n_b)
+    unit = x / x.norm(dim=-1, keepdim=True)  # (B,n,D)
+    scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (B,n_a,n_b) cosines
     similarity, partner = scores.max(dim=-1)  # (B,n_a), the first index on ties
     order = similarity.argsort(dim=-1, descending=True, stable=True)  # (B,n_a)
     count = torch.arange(n, device=x.device)
@@ -141,8 +140,7 @@ def merge_to(tokens, k, step=100, method="bipartite", sources=False):
     if n <= k or method == "none":
         k, group = n, torch.arange(n, device=tokens.device).expand(B, n)
     else:
-        # In the tokens' own precision: under fp16 autocast the products of large groups' sums would overflow.
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        with torch.no_grad():
             group = MERGES[method](tokens, k, step)
     sizes = group_sizes(group, k)  # (B,k)
     merged = add_groups(tokens, group, k) / sizes.clamp(min=1)[..., None].to(tokens.dtype)  # (B,k,D)

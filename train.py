@@ -102,7 +102,8 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.batch % 2 or self.micro_batch % 2:
-            raise ValueError(f"batch={self.batch} and micro_batch={self.micro_batch} must be even: videos are mixed in pairs")
+            raise ValueError(f"batch={self.batch} and micro_batch={self.micro_batch} must be even, as videos are mixed in "
+                             "pairs")
 
     def augmentation(self):
         """The arguments of data.augment."""
@@ -116,11 +117,13 @@ TC_RECIPES = {  # TC-CLIP, released configurations; ViFi-CLIP is trained alike
     "supervised": dict(epochs=30, warmup_epochs=5.0, lr=2.2e-5, lr_min=2.2e-7, batch=512, clips=4, crops=3),
 }
 PROTOCOLS = tuple(TC_RECIPES)
-ILA_RECIPE = dict(frames=8, weight_decay=0.003, position_lr=10.0, position_decay=0.003)  # [paper, Table 14] with TC-CLIP's numbers where ILA gives none
+# [paper, ILA Table 14]; TC-CLIP's numbers where ILA gives none
+ILA_RECIPE = dict(frames=8, weight_decay=0.003, position_lr=10.0, position_decay=0.003)
 ILA_SUPERVISED = {  # 50 000 and 30 000 steps of 256 videos; on SSv2 a linear head over a frozen CLIP, one-hot targets
     "k400": dict(epochs=53, warmup_epochs=5.0, lr=8e-6, lr_min=8e-8, batch=256),
-    "ssv2": dict(epochs=45, warmup_epochs=5.0, lr=5e-4, lr_min=5e-6, batch=256, new_lr=1.0, position_lr=1.0, weight_decay=0.01,
-                 position_decay=0.01, smoothing=0.0, mixup=0.0, cutmix=0.0, sampling="uniform", model={"num_classes": 174})}
+    "ssv2": dict(epochs=45, warmup_epochs=5.0, lr=5e-4, lr_min=5e-6, batch=256, new_lr=1.0, position_lr=1.0,
+                 weight_decay=0.01, position_decay=0.01, smoothing=0.0, mixup=0.0, cutmix=0.0, sampling="uniform",
+                 model={"num_classes": 174})}
 # The miniature world: what was found to teach a tiny CLIP the order of frames in a minute.
 MINIATURE = dict(
     frames=8, short_side=32, clips=1, shots=8, flip=0.0, scales=(1.0,), jitter=1.0, grey=0.0, shift=0.125,
@@ -334,7 +337,8 @@ def start(recipe, folder, train_videos, validation_videos, device):
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if several else model
-    training = data.TrainVideos(train_videos, views_of(recipe, model), recipe.seed, recipe.augmentation(), recipe.keep_decoded)
+    training = data.TrainVideos(train_videos, views_of(recipe, model), recipe.seed, recipe.augmentation(),
+                                recipe.keep_decoded)
     validation = data.TestVideos(validation_videos, views_of(recipe, model, clips=1, crops=1), recipe.keep_decoded)
     return Run(recipe, folder, training, validation, model, wrapped, optimizer, scaler, progress)
 
@@ -347,8 +351,9 @@ def save_run(run, name="last.pt"):
     """Writes the whole state, from which the run goes on bit by bit, to folder/name."""
     if evaluation.rank_and_world()[0] == 0:
         save(run.folder / name, {
-            "recipe": dataclasses.asdict(run.recipe), "classes": list(run.training.videos.classes), "model": run.model.state_dict(),
-            "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "progress": run.progress})
+            "recipe": dataclasses.asdict(run.recipe), "classes": list(run.training.videos.classes),
+            "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(), "progress": run.progress})
 
 
 def train_step(run, loader, count, videos, epoch):

@@ -54,7 +54,7 @@ def video_text_cost(model, classes):
     def meta(*shape):
         return torch.empty(*shape, device="meta")
     side = meta(classes, 512), meta(classes, 8, 64), meta(classes, 8), meta(classes, 8, 64), meta(4, 512)
-    model.text_cache.value = side
+    model.text_cache.keep(side)
     return multiply_adds(lambda: model.encode_text({11: meta(1, 96, 512)}))
 
 
