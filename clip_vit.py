@@ -43,6 +43,7 @@ OPENAI_MODELS = {  # name: (SHA-256, file), https://github.com/openai/CLIP/blob/
 }
 MERGES_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+BYTES = 514  # ids of a vocabulary without merges: 256 bytes, the same at a word's end, start and end token
 
 
 # ---- the towers ------------------------------------------------------------------------------------------------------
@@ -212,9 +213,9 @@ def byte_symbols():
 
 @lru_cache
 def read_vocabulary(path, size):
-    """Symbols and merges of a vocabulary of `size` ids: {symbol: id}, {pair: rank}. Without merges, bytes alone (514)."""
+    """Symbols and merges of a vocabulary of `size` ids: {symbol: id}, {pair: rank}. Without merges, BYTES ids."""
     symbols = list(byte_symbols().values())
-    lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")[1:size - 513] if size > 514 else []
+    lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")[1:1 + size - BYTES] if size > BYTES else []  # line 0: a header
     merges = [tuple(line.split()) for line in lines]
     symbols += [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
     symbols += ["<|startoftext|>", "<|endoftext|>"]
@@ -250,7 +251,7 @@ def tokenize(texts, length=77, merges=None, vocabulary=49408):
         raise ValueError(f"texts must be a list of strings; got the string {texts!r}")
     if not len(texts):
         raise ValueError("there are no texts (class names) to tokenize")
-    path = merges or (cached(MERGES_URL, MERGES_SHA256) if vocabulary > 514 else None)
+    path = merges or (cached(MERGES_URL, MERGES_SHA256) if vocabulary > BYTES else None)
     ids, ranks = read_vocabulary(path, vocabulary)
     tokens = torch.zeros(len(texts), length, dtype=torch.int64)
     for row, text in zip(tokens, texts):

@@ -16,7 +16,7 @@ tower never. Letters as in clip_vit; g x g = P is the patch grid, c a map's chan
 import math
 import re
 from collections import OrderedDict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -138,7 +138,8 @@ class PointNet(nn.Module):
         return REACH * self.point(h).tanh().view(*first.shape[:2], 2, 2)
 
 
-# ---- the aligned block. Every way to let frames meet is a module: x (B,T,N,D), CLIP's block, delta -> x', loss, points
+# ---- the aligned block. Every way to let frames meet is a module: x (B,T,N,D), CLIP's block, delta (the disturbance,
+# None in evaluation) -> x', loss, points
 
 def run_block(block, x, extra=None):
     """CLIP's block in each frame of x (B,T,N,D); `extra` (B,T,m,D) joins keys and values and is gone before the MLP."""
@@ -334,7 +335,8 @@ class ILAConfig:  # tables are the paper's; forms "released" and "released-ssv2"
             raise ValueError(f"frames is {self.frames}; alignment needs at least 2")
         if self.form != "paper" and (self.form == "released") != (self.num_classes is None):
             raise ValueError(f"num_classes is {self.num_classes}; 'released' has none and 'released-ssv2' needs it")
-        changed = [f.name for f in fields(self)[3:8] if getattr(self, f.name) != f.default]  # align ... rival
+        changed = [name for name in ("align", "blocks", "operator", "use", "rival")
+                   if getattr(self, name) != type(self).__dataclass_fields__[name].default]
         if self.form != "paper" and changed:
             raise ValueError(f"form {self.form!r} is fixed; only 'paper' takes another {', '.join(changed)}")
 

@@ -3,7 +3,8 @@
 Every frame is encoded by CLIP, and every block summarises the whole video in k context tokens, at which all frames of
 the next block may look. One block, with Y = LN_1(tokens) and Z = LN_1(context):
 
-    attention:  queries of a frame; keys and values of that frame *and* of the context   tokens' = tokens + W_o A V
+    attention:  queries of a frame; keys and values of that frame *and* of the context
+                A = softmax(q [K_frame | K_context]^T / sqrt(d) + bias)                  tokens' = tokens + W_o A V
     seeds:      the S patches of each frame to which its class token attends most
     summary:    the seeds of all frames, merged to k tokens                  context' (the old context is dropped here)
     MLP:        the block's own, on both                                                  x + MLP(LN_2 x)

@@ -61,7 +61,7 @@ def group_sizes(group, k):
     return group.new_zeros(len(group), k).scatter_add(1, group, torch.ones_like(group))
 
 
-# ---- the strategies: tokens (B,n,D) -> the group of every token, (B,n) int64 below k ----------------------------------
+# ---- the strategies: tokens (B,n,D) -> the group of every token, (B,n) int64 below k; only bipartite needs `step` ------
 
 def bipartite(tokens, k, step):
     """Repeated bipartite soft matching. It carries sums where ToMe carries weighted means: their cosines are the same."""

@@ -3,6 +3,7 @@
 The prompt is [start, M learnable vectors, class name, ".", end]. Before a text block j the vectors p take up the video:
 
     p^ = p + MHCA(LN_p p, LN_s c, LN_s c),   p~ = p^ + MLP(LN p^),   c = stop_gradient(context tokens, projected to E)
+    (MHCA: multi-head cross-attention of queries, keys, values)
 
 and the block runs as usual. Run so, the text tower would be computed anew for every video and class. It is causal and
 the vectors stand before the name, so for prompting before the last block (the paper's) exactly this is enough [ours]:
@@ -173,7 +174,7 @@ class TCCLIP(nn.Module):
         k, v = block.attn.keys_values(block.ln_1(fixed))  # (C,H,L-M,d)
         x = x[rows, self.end]  # (C,W)
         q = block.attn.queries(block.ln_1(x[:, None]))  # (C,H,1,d)
-        beyond = torch.arange(k.shape[-2], device=x.device) > self.end[:, None] - M  # (C,L-M)
+        beyond = torch.arange(k.shape[-2], device=x.device) > self.end[:, None] - M  # (C,L-M): row i is position i + M
         scores = q @ k.transpose(-1, -2) / k.shape[-1] ** 0.5  # (C,H,1,L-M)
         scores = scores.masked_fill(beyond[:, None, None], -torch.inf)
         return x, q[:, :, 0], scores.logsumexp(dim=-1)[..., 0], (scores.softmax(dim=-1) @ v)[:, :, 0], vectors
