@@ -224,7 +224,8 @@ def load_released(model, state_dict):
         if key.endswith(".attn.local_global_bias_table"):
             key, value = f"vision.local_global_bias.{key.split('.')[4]}", value.flatten(1)  # (H,1,2) -> (H,2)
         if key == "clip.visual.positional_embedding" and model.config.positions == "joint":
-            key, value = "vision.positions", value.reshape(-1, *model.vision.positions.shape[1:])  # (T,N,D)
+            key, frame = "vision.positions", model.vision.positions[0]  # (N,D)
+            value = value.reshape(-1, *frame.shape) if value.numel() % frame.numel() == 0 else value  # (T,N,D)
         state[key] = value
     for name in [name for name in state if name.endswith((".q_proj.weight", ".q_proj.bias"))]:
         parts = [state.pop(name.replace(".q_proj.", f".{p}_proj."), torch.empty(0)) for p in "qkv"]

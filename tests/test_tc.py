@@ -387,6 +387,21 @@ def test_released_figures_at_full_size():
         assert (s.sizes.numpy() == figures["context_sizes"][l]).all()
 
 
+def test_released_joint_positions():
+    """A checkpoint with one position per frame and token loads into a joint model; one of another length is an error."""
+    weights = shared_weights()
+    state, openai = released_state(weights, "tiny", 1)
+    model = TCCLIP(load_clip(openai, MERGES), TCConfig(frames=4, positions="joint"))
+    state["prompt_learner.ctx"] = model.vectors.detach().numpy()
+    joint = np.random.default_rng(0).standard_normal((4, 197, 128))
+    for shape in ((4, 197, 128), (1, 4 * 197, 128)):
+        load_released(model, state | {"image_encoder.positional_embedding": joint.reshape(shape)})
+        assert (model.vision.positions.detach().numpy() == joint).all()
+    for rows in (197, 5 * 197, 100):
+        with pytest.raises(ValueError, match="vision.positions"):
+            load_released(model, state | {"image_encoder.positional_embedding": np.zeros((rows, 128))})
+
+
 def test_released_errors_list_the_keys():
     weights = shared_weights()
     model, _ = released_model("tiny", frames=4)
