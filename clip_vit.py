@@ -200,6 +200,7 @@ class CLIP(nn.Module):
 # OpenAI's pattern in the standard library's `re`: contractions, runs of letters, single digits, runs of anything else.
 # The white space is Unicode's, spelled out: Python's \s also holds U+001C-1F, which must count as punctuation.
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+CONTROL = re.compile(r"\x1b\[[\d;]*[a-zA-Z]|[\x00-\x08\x0b\x0e-\x1f\x7f]")  # what ftfy, which OpenAI uses, removes of ASCII
 WORD = re.compile(rf"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^{SPACE}\w]|_)+")
 
 
@@ -255,7 +256,8 @@ def tokenize(texts, length=77, merges=None, vocabulary=49408):
     ids, ranks = read_vocabulary(path, vocabulary)
     tokens = torch.zeros(len(texts), length, dtype=torch.int64)
     for row, text in zip(tokens, texts):
-        clean = re.sub(f"[{SPACE}]+", " ", html.unescape(html.unescape(text)).strip()).strip().lower()
+        clean = html.unescape(html.unescape(CONTROL.sub("", text))).strip()
+        clean = re.sub(f"[{SPACE}]+", " ", clean).strip().lower()
         parts = [p for word in WORD.findall(clean) for p in ([word] if word in ids and word.startswith("<|")
                                                              else byte_pair_encode(word, ranks))]
         line = [ids[part] for part in ["<|startoftext|>", *parts, "<|endoftext|>"]]
