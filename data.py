@@ -33,8 +33,8 @@ class VideoError(ValueError):
 def frame_indices(total, frames, train=False, rng=None):
     """TSN positions: one frame in each of `frames` equal segments of a video of `total` frames.
 
-    The middle of a segment, or with `train` a frame of it drawn from the numpy Generator `rng` -> (frames,) int64 in
-    [0, total), repeating where total < frames. ValueError if either is below 1.
+    The middle of a segment, or with `train` a frame of it drawn from the numpy Generator `rng` (None: a fresh one)
+    -> (frames,) int64 in [0, total), repeating where total < frames. ValueError if either is below 1.
     """
     if total < 1 or frames < 1:
         raise ValueError(f"cannot take {frames} frames from a video of {total}: both must be at least 1")
@@ -42,6 +42,7 @@ def frame_indices(total, frames, train=False, rng=None):
     if not train:
         return (2 * i + 1) * total // (2 * frames)
     if total >= frames:
+        rng = rng or np.random.default_rng()
         return i * (total // frames) + rng.integers(total // frames, size=frames)
     return np.rint(i * total / frames).astype(np.int64) % total  # [released] too short to draw; the end wraps to 0
 
@@ -55,7 +56,7 @@ def uniform_indices(total, frames, train=False, rng=None):
         raise ValueError(f"cannot take {frames} frames from a video of {total}: both must be at least 1")
     edges = np.rint(np.arange(frames + 1) * (total - 1) / frames).astype(np.int64)
     low, high = edges[:-1], edges[1:]
-    return rng.integers(low, high, endpoint=True) if train else (low + high) // 2
+    return (rng or np.random.default_rng()).integers(low, high, endpoint=True) if train else (low + high) // 2
 
 
 def view_indices(total, frames, clips, indices=frame_indices):
