@@ -347,10 +347,10 @@ def views_of(recipe, model, **changes):
     return evaluation.views(dataclasses.asdict(recipe), model, **changes)
 
 
-def save_run(run, name="last.pt"):
-    """Writes the whole state, from which the run goes on bit by bit, to folder/name."""
+def save_run(run):
+    """Writes the whole state, from which the run goes on bit by bit, to folder/last.pt."""
     if evaluation.rank_and_world()[0] == 0:
-        save(run.folder / name, {
+        save(run.folder / "last.pt", {
             "recipe": dataclasses.asdict(run.recipe), "classes": list(run.training.videos.classes),
             "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
             "scaler": run.scaler.state_dict(), "progress": run.progress})

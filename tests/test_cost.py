@@ -61,6 +61,8 @@ def video_text_cost(model, classes):
 def test_the_papers_counts():
     """Untrimmed, with one class of text at 77 tokens: 303 for TC-CLIP ("304"), 291 for the lightweight form."""
     full, light = tc_clip(), tc_clip(reference_blocks=(8, 9, 10, 11))
+    for name, model in (("TC-CLIP", full), ("lightweight", light)):
+        print(f"{name}: {video_cost(model, trimmed=False) + text_cost(model):.1f} G")
     assert abs(text_cost(full) - 2.98) < 0.05
     assert abs(video_cost(full, trimmed=False) - 300.0) < 0.3  # the released code, measured
     assert abs(video_cost(light, trimmed=False) + text_cost(light) - 291) < 1

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_vit import FramePool, PoolConfig, load_clip
-from temporal_context import biased_attention
+from temporal_context import biased_attention, reference_kv
 from token_merge import merge_to
 from video_prompt import TCCLIP, TCConfig, load_released
 
@@ -157,6 +157,20 @@ def test_biased_attention_and_its_gradients(n, H, local, m, seed):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", ["class", "neighbour", "all", "context"])
+@pytest.mark.parametrize("T", [2, 3, 5])
+def test_references_are_what_the_paper_names(kind, T):
+    """[paper, Table 1] What frame t sees beside itself, gathered one frame at a time."""
+    kv, context = torch.randn(2, T, 4, 6), torch.randn(2, 3, 6)  # N = 1 + 3 rows per frame
+    seen = reference_kv(kind, kv, context)
+    for t in range(T):
+        near = [s for s in (t - 1, t + 1) if 0 <= s < T]
+        near = near if len(near) == 2 else near * 2  # the ends see their one neighbour twice [ours]
+        expected = {"class": [kv[:, s, :1] for s in range(T)], "neighbour": [kv[:, s, 1:] for s in near],
+                    "all": [kv[:, s, 1:] for s in range(T)], "context": [context]}[kind]
+        assert torch.equal(seen[:, t], torch.cat(expected, dim=1))
+
+
 # ---- properties --------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -190,15 +204,18 @@ def test_order_of_frames():
 
 @pytest.mark.parametrize("stop", [True, False])
 def test_stop_gradient_really_stops(stop):
-    model = make(stop_gradient=stop).train()
-    frames, contexts, _ = model.vision(model.clip.visual, clips())
-    text = model.encode_text({i: c.detach() if stop else c for i, c in contexts.items()})
+    """The context tokens, as the vision tower hands them out, get a gradient from the text only without the stop."""
+    model, seen = make(stop_gradient=stop).train(), {}
+
+    def remember(module, inputs, outputs):
+        seen.update(outputs[1])
+        for context in outputs[1].values():
+            context.retain_grad()
+    model.vision.register_forward_hook(remember)
     logits, _ = model(clips())
-    model.zero_grad()
-    text_only = (logits - logits.detach()).sum() * 0 + text.sum()
-    text_only.backward()
-    reached = sum(float(p.grad.abs().sum()) for p in model.clip.visual.parameters() if p.grad is not None)
-    assert (reached == 0) == stop
+    logits.square().sum().backward()
+    last = seen[max(seen)]  # nobody but the prompt reads the last block's context
+    assert (last.grad is None or float(last.grad.abs().sum()) == 0) == stop
     assert float(model.prompt_layers[0].attn.in_proj_weight.grad.abs().sum()) > 0
 
 
