@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 HEAD_WIDTH = 64  # OpenAI's ViT towers have width // 64 heads; no tensor's shape tells it
@@ -104,6 +105,7 @@ class Block(nn.Module):
 
     def __init__(self, width):
         super().__init__()
+        self.checkpointing = False
         self.attn = Attention(width)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
@@ -112,6 +114,16 @@ class Block(nn.Module):
 
     def forward(self, x, causal=False, rows=None):
         """x (..., n, D) -> (..., n, D). With `rows`, a slice, only those rows are computed (exactly, and cheaper)."""
+        return self.run(self.compute, x, causal, rows)
+
+    def run(self, work, *inputs):
+        """work(*inputs), this block's part of a model. With `checkpointing`, training keeps the inputs alone and computes
+        what else the gradient needs once more in the backward pass."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(work, *inputs, use_reentrant=False)
+        return work(*inputs)
+
+    def compute(self, x, causal, rows):
         y = self.ln_1(x)
         x_q, x = (y, x) if rows is None else (y[..., rows, :], x[..., rows, :])
         x = x + self.attn(x_q, y, causal)
@@ -503,6 +515,7 @@ class TextCache(nn.Module):
         self.drop()
         return super()._apply(fn, recurse)
 
+    @torch.compiler.disable  # what keeps a value between calls, and cuts texts to length, is nothing for a graph
     def forward(self, compute):
         """compute() in training; the value kept since its first call otherwise."""
         if self.training:
@@ -536,10 +549,13 @@ class FramePool(nn.Module):
         self.tokens = tokens  # (C,L)
         self.text_cache.drop()
 
+    def encode_video(self, video):
+        """Normalised video (B,T,3,R,R) -> its feature (B,E), the mean of its frames'; not normalised."""
+        return self.clip.encode_image(video.flatten(0, 1)).unflatten(0, video.shape[:2]).mean(dim=1)
+
     def forward(self, video):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
         assert self.tokens is not None, "no classes yet: call set_classes(names) first"
-        frames = self.clip.encode_image(video.flatten(0, 1)).unflatten(0, video.shape[:2])  # (B,T,E)
         text = self.text_cache(lambda: self.clip.encode_text(self.tokens))  # (C,E)
-        logits = cosine_logits(frames.mean(dim=1), text, self.clip.logit_scale)
+        logits = cosine_logits(self.encode_video(video), text, self.clip.logit_scale)
         return logits, logits.new_zeros(())

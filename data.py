@@ -3,12 +3,18 @@
 Letters: B videos, T frames, V views, R side in pixels, C classes. Frames are uint8 RGB, channels first.
 """
 import csv
+import fnmatch
 import json
+import multiprocessing
 import os
+import re
 import shutil
-from dataclasses import dataclass
+import signal
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import permutations
+from itertools import chain, permutations
 from pathlib import Path
 
 import av
@@ -75,15 +81,31 @@ def read_frames(path, pick, short_side, max_pixels=MAX_PIXELS):
     Returns uint8 (..., 3, h, w), all of the first one's size. The compressed file is held in memory meanwhile.
     VideoError: file absent or unreadable, no video stream, no frame that decodes, frames above `max_pixels` pixels.
     """
+    frames, total = _read_pass(path, pick, short_side, max_pixels, None)
+    while frames is None:  # a third pass at most: the second has counted
+        frames, total = _read_pass(path, pick, short_side, max_pixels, total)
+    return frames
+
+
+@contextmanager
+def _opened(path, max_pixels):
+    """An open (container, video stream, its codec); whatever goes wrong with them becomes a VideoError."""
     try:
         if not os.path.isfile(path):  # a pipe or a device might block for ever
             raise ValueError("no such file")
-        frames, total = _read_pass(path, pick, short_side, max_pixels, None)
-        while frames is None:  # a third pass at most: the second has counted
-            frames, total = _read_pass(path, pick, short_side, max_pixels, total)
+        limit = {"max_pixels": str(max_pixels)}  # both decode: av.open to learn the frame size, then the codec
+        # "file:" as a name may look like an address; a title that is not UTF-8 does not matter.
+        with av.open(f"file:{path}", options=limit, metadata_errors="replace") as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise ValueError("no video stream that can be decoded")
+            codec = stream.codec_context
+            if not 0 < codec.width * codec.height <= max_pixels:
+                raise ValueError(f"frame size unknown or above {max_pixels} pixels")
+            codec.options, codec.thread_count = limit, 1  # loaders have workers; threads decode damage differently
+            yield container, stream, codec
     except (av.FFmpegError, OSError, ValueError, LookupError) as error:
         raise VideoError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    return frames
 
 
 def _read_pass(path, pick, short_side, max_pixels, total):
@@ -91,16 +113,7 @@ def _read_pass(path, pick, short_side, max_pixels, total):
 
     total: what the pass before has counted. None in the first, which believes in one frame per packet.
     """
-    limit = {"max_pixels": str(max_pixels)}  # both decode: av.open to learn the frame size, then the codec
-    # "file:" as a name may look like an address; a title that is not UTF-8 does not matter.
-    with av.open(f"file:{path}", options=limit, metadata_errors="replace") as container:
-        stream = container.streams.best("video")
-        if stream is None or stream.codec_context is None:
-            raise ValueError("no video stream that can be decoded")
-        codec = stream.codec_context
-        if not 0 < codec.width * codec.height <= max_pixels:
-            raise ValueError(f"frame size unknown or above {max_pixels} pixels")
-        codec.options, codec.thread_count = limit, 1  # loaders have workers; with threads, damage decodes differently
+    with _opened(path, max_pixels) as (container, stream, codec):
         packets = [packet for packet in container.demux(stream) if packet.size]
         stamps = [packet.pts for packet in packets if not packet.is_discard]
         believed = total is None
@@ -115,11 +128,11 @@ def _read_pass(path, pick, short_side, max_pixels, total):
             images, found = _skim(codec, packets, sorted(stamps), wanted, convert), total
         else:
             images, found = _count(codec, packets, wanted, convert, total if believed else None)
-    if images is None or found != total:
-        return None, found
-    first = images[index.flat[0]]
-    frames = torch.cat([_resize(images[i], *first.shape[-2:]) for i in index.flat])  # sizes may change in mid-stream
-    return frames.view(*index.shape, *first.shape[1:]), total
+        if images is None or found != total:
+            return None, found
+        first = images[index.flat[0]]
+        frames = torch.cat([_resize(images[i], *first.shape[-2:]) for i in index.flat])  # sizes may change midway
+        return frames.view(*index.shape, *first.shape[1:]), total
 
 
 def _restarts(packet):
@@ -163,16 +176,22 @@ def _skim(codec, packets, stamps, wanted, convert):
     return None if missing else images
 
 
+def _decode(codec, packets):
+    """The list of frames that each packet decodes to, None where it is damaged; last what the decoder still holds."""
+    for packet in chain(packets, [None]):
+        try:
+            yield codec.decode(packet)
+        except av.InvalidDataError:
+            yield None
+
+
 def _count(codec, packets, wanted, convert, total=None):
     """Decode in order -> ({position: image}, total). Stops at the last of `wanted` if a `total` is given and no packet
     is bad; else goes on to the end, to count what decodes."""
     images, seen = {}, 0
-    for packet in [*packets, None]:
-        try:
-            decoded = codec.decode(packet)
-        except av.InvalidDataError:
-            decoded, total = [], None
-        for frame in decoded:
+    for decoded in _decode(codec, packets):
+        total = None if decoded is None else total
+        for frame in decoded or ():
             if seen in wanted:
                 images[seen] = convert(frame)
             seen += 1
@@ -222,6 +241,49 @@ def read_views(path, frames, size, clips=1, crops=1, short_side=None, indices=fr
 def read_clip(path, frames=16, size=224, short_side=None):
     """The test-time view of a video, uint8 (T, 3, size, size): TSN middle frames, centre crop. See `read_views`."""
     return read_views(path, frames, size, short_side=short_side)[0]
+
+
+def _timed(container, stream, codec):
+    """(seconds since the first frame, frame) of every frame, and last (the end, None). Times are those of the stamps;
+    where one is missing or does not rise, an average frame's duration after the frame before."""
+    step, time = float(1 / stream.average_rate) if stream.average_rate else 0.0, None
+    for frame in chain.from_iterable(filter(None, _decode(codec, (p for p in container.demux(stream) if p.size)))):
+        if time is None:
+            time, origin = 0.0, frame.time or 0.0
+        elif frame.time is not None and frame.time - origin > time:
+            time = frame.time - origin
+        elif step:
+            time += step
+        else:
+            raise ValueError("frames without rising time stamps, and no frame rate: their times are unknown")
+        yield time, frame
+    if time is None:
+        raise ValueError("no frame decodes")
+    yield time + step, None
+
+
+def read_windows(path, seconds, frames, size, short_side, indices=frame_indices):
+    """Windows of `seconds`, one after the other: yields (start, end, uint8 (T, 3, size, size)), times in seconds.
+
+    Of the frames that begin in a window those at `indices`, centre-cropped; where none begins there is no window.
+    Decodes once, in order, with 1024 small frames in memory at most: of more, every second is left out. VideoError.
+    """
+    convert, kept = partial(_image, VideoReformatter(), short_side), []
+    with _opened(path, MAX_PIXELS) as opened:
+        for time, frame in _timed(*opened):
+            number = int(time / seconds + 1e-6)  # 0.3 / 0.1 is a little below 3
+            if kept and (frame is None or number != window):
+                clip = torch.from_numpy(np.stack([kept[i] for i in indices(len(kept), frames)]))
+                yield round(window * seconds, 6), round(min((window + 1) * seconds, time), 6), clip
+                kept = []
+            if not kept:
+                window, seen, stride = number, 0, 1
+            if frame is not None and seen % stride == 0:
+                image = convert(frame)[0].numpy()  # (3, h, w)
+                top, left = ((side - size) // 2 for side in image.shape[1:])
+                kept.append(image[:, top:top + size, left:left + size].copy())
+                kept, stride = (kept, stride) if len(kept) < 1024 else (kept[::2], 2 * stride)
+            seen += 1
 
 
 def augment(clip, size, rng, scales=SCALES, flip=0.0, jitter=0.0, grey=0.0, shift=0.0, strengths=JITTER):
@@ -303,217 +365,399 @@ def soft_targets(labels, classes, smoothing=0.0):
 
 # ---- annotations -----------------------------------------------------------------------------------------------------
 
-VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".gif", ".flv", ".wmv", ".3gp"}
-# The published lists (ViFi-CLIP, TC-CLIP): labels file, training list and test lists, and the page of the videos.
-PUBLISHED = {
-    "hmdb51": ("hmdb_51_labels.csv", "train1_few_shot_{shots}.txt", ("val1.txt", "val2.txt", "val3.txt"),
-               "https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database"),
-    "ucf101": ("ucf_101_labels.csv", "train1_few_shot_{shots}.txt", ("val1.txt", "val2.txt", "val3.txt"),
-               "https://www.crcv.ucf.edu/data/UCF101.php"),
-    "k400": ("kinetics_400_labels.csv", "train.txt", ("val.txt",), "https://github.com/cvdfoundation/kinetics-dataset"),
-    "k600": ("ZS_split{split}_K600.csv", "train.txt", ("ZS_split1_K600_eval.txt", "ZS_split2_K600_eval.txt",
-             "ZS_split3_K600_eval.txt"), "https://github.com/cvdfoundation/kinetics-dataset"),
-    "ssv2": ("ssv2_labels.csv", "train.txt", ("val.txt",),
-             "https://www.qualcomm.com/developer/software/something-something-v-2-dataset"),
-}
-DATASETS = ("shapes", *PUBLISHED, "folder")
+VIDEO_SUFFIXES = {f".{suffix}" for suffix in "mp4 avi mkv webm mov m4v mpg mpeg ts gif flv wmv 3gp".split()}
+PAGES = {"hmdb51": "https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database",
+         "ucf101": "https://www.crcv.ucf.edu/data/UCF101.php",
+         "k400": "https://github.com/cvdfoundation/kinetics-dataset",
+         "k600": "https://github.com/cvdfoundation/kinetics-dataset",
+         "ssv2": "https://www.qualcomm.com/developer/software/something-something-v-2-dataset"}
+DATASETS = ("shapes", *PAGES, "folder")
+SPLITS = "split1", "split2", "split3"
+KINETICS = {"train": ("train.csv", "kinetics*train.csv"),
+            "val": ("val.csv", "validate.csv", "kinetics*val.csv", "kinetics*validate.csv")}
+# The owners' annotation files (* stands for any characters) of each set. The folder is where they come in: any will do.
+OWNERS = {"hmdb51": {split: (f"testTrainMulti_7030_splits/*_test_{split}.txt",) for split in SPLITS},
+          "ucf101": {split: (f"ucfTrainTestlist/{name}.txt",) for split, name in
+                     zip(("train", *SPLITS), ("trainlist01", "testlist01", "testlist02", "testlist03"))},
+          "k400": KINETICS, "k600": KINETICS,
+          "ssv2": {split: (f"something-something-v2-{name}.json", f"{name}.json")
+                   for split, name in (("train", "train"), ("val", "validation"))}}
+# The published lists (ViFi-CLIP, TC-CLIP): the labels file, and the list of each test set.
+PUBLISHED = {"hmdb51": ("hmdb_51_labels.csv", dict(zip(SPLITS, ("val1.txt", "val2.txt", "val3.txt")))),
+             "ucf101": ("ucf_101_labels.csv", dict(zip(SPLITS, ("val1.txt", "val2.txt", "val3.txt")))),
+             "k400": ("kinetics_400_labels.csv", {"val": "val.txt"}),
+             "k600": ("ZS_split1_K600.csv", {split: f"ZS_{split}_K600_eval*.txt" for split in SPLITS}),
+             "ssv2": ("ssv2_labels.csv", {"val": "val.txt"}),
+             "folder": ("labels.csv", {}), "shapes": ("labels.csv", {})}
 
 
 @dataclass(frozen=True)
 class VideoList:
-    """Annotated videos: class names, and for each video its path and its label in [0, C)."""
+    """Annotated videos: class names, each video's path and label in [0, C), and names of videos that are nowhere."""
 
     classes: tuple
     paths: tuple
     labels: tuple
+    absent: tuple = ()
 
     def keep(self, indices):
         """The videos at these indices, classes unchanged."""
-        return VideoList(self.classes, tuple(self.paths[i] for i in indices), tuple(self.labels[i] for i in indices))
+        return replace(self, paths=tuple(self.paths[i] for i in indices), labels=tuple(self.labels[i] for i in indices))
 
     def only(self, classes):
         """The videos of these labels, which are numbered anew from 0 in the order given."""
         new = {label: i for i, label in enumerate(classes)}
-        kept = [i for i, label in enumerate(self.labels) if label in new]
-        return VideoList(tuple(self.classes[c] for c in classes), tuple(self.paths[i] for i in kept),
-                         tuple(new[self.labels[i]] for i in kept))
+        kept = self.keep([i for i, label in enumerate(self.labels) if label in new])
+        return replace(kept, classes=tuple(self.classes[c] for c in classes), labels=tuple(new[c] for c in kept.labels))
 
 
-def videos_below(folder):
-    """All video files below a folder, sorted, links followed; hidden files (._x.mp4 of a Mac) and folders are none."""
-    found, seen = [], set()
+def files_below(folder):
+    """Each folder in and below `folder`, sorted, links followed, with its sorted file names; none of what is hidden."""
+    seen = set()
     for top, folders, files in os.walk(folder, followlinks=True):
         new = os.path.realpath(top) not in seen  # a link may lead back up
         seen.add(os.path.realpath(top))
         folders[:] = sorted(name for name in folders if new and not name.startswith("."))
-        found += [Path(top, name) for name in sorted(files) if new and not name.startswith(".")
-                  and Path(name).suffix.lower() in VIDEO_SUFFIXES]
-    return found
+        yield top, sorted(name for name in files if new and not name.startswith("."))  # ._x.mp4 of a Mac is no video
+
+
+def videos_below(folder):
+    """Paths of all video files below a folder, sorted, links followed."""
+    return [os.path.join(top, name) for top, names in files_below(folder) for name in names
+            if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES]
 
 
 def class_folders(folder):
     """A VideoList of folder/<class>/<video>. Raises ValueError where there is none."""
-    found = [(path, path.relative_to(folder).parts[0]) for path in videos_below(folder) if path.parent != Path(folder)]
+    start = len(os.path.join(folder, ""))
+    found = [(path, path[start:].partition(os.sep)[0]) for path in videos_below(folder) if os.sep in path[start:]]
     if not found:
         raise ValueError(f"{folder}: no videos; expected one folder per class with videos inside, <class>/<video>.mp4")
-    classes = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith("."))
-    return VideoList(tuple(classes), tuple(path for path, _ in found), tuple(classes.index(name) for _, name in found))
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    label = {name: i for i, name in enumerate(classes)}
+    return VideoList(tuple(classes), tuple(path for path, _ in found), tuple(label[name] for _, name in found))
+
+
+class Files:
+    """What lies below a dataset's folder: `videos` {name without suffix: [path, ...]} and, at most three folders down,
+    annotation files `texts` {name: (how far down, path)}."""
+
+    def __init__(self, dataset, root):
+        self.dataset, self.root, self.videos, self.texts = dataset, os.path.normpath(root), {}, {}
+        for top, names in files_below(self.root):
+            depth = top.count(os.sep) - self.root.count(os.sep)
+            for name in names:
+                stem, suffix = os.path.splitext(name)
+                if suffix.lower() in VIDEO_SUFFIXES:
+                    self.videos.setdefault(stem, []).append(os.path.join(top, name))
+                elif depth <= 3 and suffix in (".txt", ".csv", ".json"):
+                    self.texts[name] = min(self.texts.get(name, (9, "")), (depth, os.path.join(top, name)))
+
+    def has_folders(self, name):
+        """Whether root/name, such as train, has class folders."""
+        folder = os.path.join(self.root, name)
+        return os.path.isdir(folder) and (self.dataset not in PAGES or any(map(os.DirEntry.is_dir, os.scandir(folder))))
+
+    def text(self, *patterns):
+        """The path of the annotation file of the first pattern that fits any, whatever its folder; None without."""
+        for pattern in map(os.path.basename, patterns):
+            for name in [pattern] if pattern in self.texts else sorted(fnmatch.filter(self.texts, pattern)):
+                return self.texts[name][1]
+        return None
+
+    def need(self, *patterns):
+        """As `text`, but a ValueError without."""
+        if self.text(*patterns):
+            return self.text(*patterns)
+        labels, lists = PUBLISHED[self.dataset]
+        source = (f" The owner's videos and annotations: {PAGES[self.dataset]}. Or use the lists of https://github.com/"
+                  f"naver-ai/tc-clip: {', '.join([labels, *lists.values()])}") if self.dataset in PAGES else ""
+        raise ValueError(f"{os.path.join(self.root, patterns[0])} is missing, there and up to three folders below: "
+                         f"put it there, and the videos anywhere below {self.root}.{source}")
+
+    def find(self, name):
+        """The path of the video that a list calls `[folder/]name[.suffix]`, or None.
+
+        The known datasets' file names are unique: the file is taken wherever it lies; of several one that is not empty,
+        an owner's replacement first. Others: the path below root, or for a bare name the one file that has it.
+        """
+        path = os.path.join(self.root, name)
+        found = self.videos.get(os.path.splitext(os.path.basename(name))[0], ())
+        if self.dataset not in PAGES:
+            same = [other for other in found if os.path.basename(other) == name]
+            found = [path] if path in found else same if len(same) == 1 else ()
+        if len(found) > 1:
+            return max(found, key=lambda other: (os.path.isfile(other) and os.path.getsize(other) > 0,
+                                                 "/replacement" in other[len(self.root):], other == path))
+        return found[0] if found else path if os.path.isfile(path) else None
+
+    def locate(self, classes, entries, source):
+        """A VideoList of (name, label) pairs. ValueError that names the list `source` where no video is there at all.
+
+        Videos that are nowhere: of Kinetics they are `absent`, as thousands have left YouTube; others keep their path
+        below the root, and fail by name when they are read.
+        """
+        gone, found = self.dataset in ("k400", "k600"), [self.find(name) for name, _ in entries]
+        if not any(found):
+            raise ValueError(f"{source}: none of its {len(entries)} videos is below {self.root}; unpack them there")
+        kept = [i for i, path in enumerate(found) if path or not gone]
+        return VideoList(tuple(classes), tuple(found[i] or os.path.join(self.root, entries[i][0]) for i in kept),
+                         tuple(entries[i][1] for i in kept),
+                         tuple(name for (name, _), path in zip(entries, found) if gone and not path))
+
+
+@contextmanager
+def expecting(path, what):
+    """Turns whatever reading the file `path` raises into a ValueError that names it and what was expected."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path}: expected {what} ({error!r})") from error
+
+
+def in_order(names):
+    """Class names {id: name} in the order of their ids. ValueError where these do not run from 0 without gaps."""
+    if not names or sorted(names) != list(range(len(names))):
+        raise ValueError(f"the ids must run from 0 without gaps; found {sorted(names)[:3]}...")
+    return tuple(names[i] for i in range(len(names)))
 
 
 def read_labels(path):
     """Class names of a labels file, CSV with the header `id,name` or JSON {"0": "name"}, in the order of their ids."""
-    path = Path(path)
-    try:
-        if path.suffix == ".json":
-            names = {int(key): name for key, name in json.loads(path.read_text("utf-8-sig")).items()}
-        else:
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                names = {int(row["id"]): row["name"] for row in csv.DictReader(file)}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: not a labels file, which is CSV with the header id,name or JSON ({error!r})") from error
-    if not names or sorted(names) != list(range(len(names))):
-        raise ValueError(f"{path}: the ids must run from 0 without gaps; found {sorted(names)[:3]}...")
-    return tuple(names[i] for i in range(len(names)))
+    with expecting(path, "a labels file, CSV with the header id,name or JSON"):
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            if str(path).endswith(".json"):
+                return in_order({int(key): name for key, name in json.load(file).items()})
+            return in_order({int(row["id"]): row["name"] for row in csv.DictReader(file)})
 
 
-def class_names(dataset, path):
-    """A dataset's class names, from its published labels file.
-
-    [ours] HMDB-51's has two pairs of names the wrong way round against its own split files: they are put right.
-    """
-    names = list(read_labels(path))
-    for i, pair in ((20, ["kick ball", "kick"]), (44, ["sword exercise", "sword"])) if dataset == "hmdb51" else ():
-        if names[i:i + 2] == pair:
-            names[i:i + 2] = pair[::-1]
+def put_right(dataset, names, upstream=False):
+    """[ours] HMDB-51's published labels have two pairs of names the wrong way round against the owner's files: they
+    are put right, or with `upstream` put as published, for comparison with published numbers."""
+    names = list(names)
+    for pair in (("kick", "kick ball"), ("sword", "sword exercise")) if dataset == "hmdb51" else ():
+        if {*pair} <= {*names}:
+            first, second = sorted(map(names.index, pair), reverse=upstream)
+            names[first], names[second] = pair
     return tuple(names)
 
 
-def read_list(path, root, classes):
-    """A VideoList from a published list: a line is `path label`, split at its last space; paths are below `root`.
-
-    A bare file name that is not there is looked for anywhere below `root` (the lists are flat, the owners' archives are
-    not), and taken if just one file has it. A video that is nowhere keeps its path, and fails by name when it is read.
-    """
-    paths, labels, below = [], [], None
-    try:
+def read_pairs(path, below):
+    """[(name, number)] of a text file with lines `name number`, split at the last space, numbers in [0, below)."""
+    with expecting(path, "a text file in UTF-8"):
         lines = Path(path).read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal() or int(label) >= len(classes):
-            raise ValueError(f"{path}, line {number}: expected `path label` with a label below {len(classes)}: {line!r}")
-        video = Path(root, name)
-        if "/" not in name and not video.is_file():
-            if below is None:
-                below = {}
-                for file in videos_below(root):
-                    below.setdefault(file.name, []).append(file)
-            if len(below.get(name, ())) == 1:
-                video = below[name][0]
-        paths.append(video)
-        labels.append(int(label))
-    if not any(video.is_file() for video in paths):
-        raise ValueError(f"{path}: none of its {len(paths)} videos is below {root}; unpack the videos there")
-    return VideoList(tuple(classes), tuple(paths), tuple(labels))
+    pairs = [(i, line, *line.strip().rpartition(" ")[::2]) for i, line in enumerate(lines, 1) if line.strip()]
+    for i, line, name, number in pairs:
+        if not name or not number.isdecimal() or int(number) >= below:
+            raise ValueError(f"{path}, line {i}: expected `path label` with a label below {below}: {line!r}")
+    return [(name, int(number)) for _, _, name, number in pairs]
+
+
+def read_list(path, files, classes):
+    """A VideoList from a published list, lines `path label`. See `Files.find`."""
+    return files.locate(classes, read_pairs(path, len(classes)), path)
+
+
+def read_hmdb(files):
+    """As `read_owners`. Lines `<video>.avi <use>`, use 1: training (of split 1 here), 2: test, 0: neither."""
+    actions = sorted(name.removesuffix("_test_split1.txt") for name in files.texts if name.endswith("_test_split1.txt"))
+    uses = {split: [(f"{action}/{name}", label, use) for label, action in enumerate(actions)
+                    for name, use in read_pairs(files.need(f"{action}_test_{split}.txt"), 3)] for split in SPLITS}
+    sets = {split: [(name, label) for name, label, use in uses[split] if use == 2] for split in SPLITS}
+    sets["train"] = [(name, label) for name, label, use in uses["split1"] if use == 1]
+    return [action.replace("_", " ") for action in actions], sets
+
+
+def read_rows(path):
+    """[(video, class name)] of a list in Kinetics' CSV, SSv2's JSON or UCF's lines `<class>/<video>.avi[ <number>]`."""
+    with expecting(path, "the owner's list, as distributed"), open(path, newline="", encoding="utf-8-sig") as file:
+        if path.endswith(".csv"):
+            rows = csv.reader(file)
+            label, video, start, end = map(next(rows, []).index, ("label", "youtube_id", "time_start", "time_end"))
+            return [(f"{row[video]}_{int(row[start]):06d}_{int(row[end]):06d}", row[label]) for row in rows if row]
+        if path.endswith(".json"):
+            return [(str(item["id"]), re.sub(r"[][]", "", item["template"])) for item in json.load(file)]
+        names = [re.sub(r" \d+$", "", line.strip()) for line in file if line.strip()]
+        return [(name, name.split("/")[-2]) for name in names]
+
+
+def read_owners(files):
+    """Class names and {set: [(video, label)]} from the owner's files, see OWNERS; ((), {}) where there are none.
+
+    Kinetics-600's CSVs are incomplete: its class folders go first.
+    """
+    sets = OWNERS.get(files.dataset, {})
+    test = [patterns for name, patterns in sets.items() if name != "train"]
+    if not test or not files.text(*test[0]) or files.dataset == "k600" and files.has_folders("train"):
+        return (), {}
+    if files.dataset == "hmdb51":
+        return read_hmdb(files)
+    rows = {name: read_rows(files.need(*patterns)) for name, patterns in sets.items()
+            if name != "train" or files.text(*patterns)}
+    classes = sorted({name for entries in rows.values() for _, name in entries})
+    if files.dataset == "ucf101":
+        path = files.need("ucfTrainTestlist/classInd.txt")
+        with expecting(path, "lines `<number from 1> <class>`"):
+            lines = [line.strip().partition(" ") for line in Path(path).read_text("utf-8-sig").splitlines()]
+            classes = in_order({int(i) - 1: name for i, _, name in lines if i})
+    elif files.dataset == "ssv2":
+        path = files.need("something-something-v2-labels.json", "labels.json")
+        with expecting(path, 'JSON {"class": "id"}'):
+            classes = in_order({int(i): name for name, i in json.loads(Path(path).read_text("utf-8-sig")).items()})
+    ids = {name: i for i, name in enumerate(classes)}
+    with expecting(files.root, "only classes in its lists that the class names have"):
+        return classes, {name: [(video, ids[label]) for video, label in entries] for name, entries in rows.items()}
 
 
 def draw_shots(videos, shots, seed):
     """`shots` videos of every class, drawn with `seed`. Raises ValueError where a class has fewer."""
-    rng, drawn = np.random.default_rng(seed), []
+    rng, drawn, labels = np.random.default_rng(seed), [], np.asarray(videos.labels)
     for label, name in enumerate(videos.classes):
-        members = [i for i, other in enumerate(videos.labels) if other == label]
+        members = np.flatnonzero(labels == label)
         if len(members) < shots:
             raise ValueError(f"class {name!r} has {len(members)} training videos, fewer than shots={shots}")
         drawn += sorted(rng.permutation(members)[:shots])
     return videos.keep(drawn)
 
 
-def base_and_novel(videos, dataset="", root="."):
-    """Labels of the base classes, the more frequent half [released], and of the novel ones, each in label order.
+def base_and_novel(classes, labels, files):
+    """Labels of the base and of the novel classes, from the labels of training split 1.
 
-    The published label files of both halves are used where they are. Without them, classes that all have equally many
-    videos (a few-shot list) cannot be told apart: a ValueError.
+    [released] ascending in the number of training videos, ties in label order, the first half is novel. The published
+    label files of both halves are used where they are. A few-shot list, equal in all classes, cannot tell: ValueError.
     """
-    if dataset in PUBLISHED:
-        files = [file for half in ("base", "novel") for folder in (root, root / "lists", root / "labels")
-                 for file in folder.glob(PUBLISHED[dataset][0].replace("_labels", f"_{half}_labels"))]
-        if len(files) == 2:
-            return [[videos.classes.index(name) for name in class_names("", file)] for file in files]
-        if len(set(np.bincount(videos.labels))) == 1:
-            raise ValueError(f"{root}: base2novel needs {PUBLISHED[dataset][0].replace('_labels', '_base_labels')} and its "
-                             "_novel_ twin there, or training videos from which the frequent classes can be counted")
-    count = np.bincount(videos.labels, minlength=len(videos.classes))
-    ranked = np.argsort(-count, kind="stable")
-    half = (len(ranked) + 1) // 2
-    return sorted(ranked[:half].tolist()), sorted(ranked[half:].tolist())
+    file = PUBLISHED[files.dataset][0]
+    halves = [file.replace("_labels", f"_{half}_labels") for half in ("base", "novel")]
+    if files.dataset in PAGES and all(map(files.text, halves)):
+        with expecting(halves[0], f"and in {halves[1]}, names of {file}"):
+            return [[classes.index(name) for name in read_labels(files.text(half))] for half in halves]
+    count = np.bincount(labels, minlength=len(classes))
+    if files.dataset in PAGES and files.dataset != "hmdb51" and len(set(count)) == 1:  # HMDB-51 has 70 of every class
+        raise ValueError(f"{files.root}: base2novel needs {halves[0]} and its _novel_ twin there, or training videos "
+                         "from which the frequent classes can be counted")
+    ranked = np.argsort(count, kind="stable").tolist()
+    return ranked[len(ranked) // 2:], ranked[:len(ranked) // 2]
 
 
-def find_file(root, name, page):
-    """The file `name` in a dataset's folder. Raises ValueError that says where it is expected and where to get it."""
-    for folder in (root, root / "lists", root / "labels"):
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"{root / name} is missing (also looked in lists/ and labels/): put the published list there and "
-                     f"the videos anywhere below {root}; the videos are from {page}")
-
-
-def check_root(dataset, root):
-    """The data folder as a Path. Raises ValueError where the dataset is unknown or nothing is there."""
-    root = Path(root)
+def check_root(dataset, root, upstream_labels):
+    """The data folder's path. Raises ValueError where the dataset is unknown or nothing is there."""
     if dataset not in DATASETS:
         raise ValueError(f"dataset {dataset!r} is unknown; known are {', '.join(DATASETS)}")
-    if not root.is_dir() or not any(root.iterdir()):
+    if upstream_labels and dataset != "hmdb51":
+        raise ValueError(f"upstream labels: only hmdb51's published names differ from its owner's, not {dataset}'s")
+    if not os.path.isdir(root) or not os.listdir(root):
         where = {"shapes": "`python train.py --protocol fewshot` renders it",
                  "folder": "one folder per class, with its videos"}
         raise ValueError(f"{root}: no data there; {dataset} is expected in it, or in the folder that --data names: "
-                         + where.get(dataset, f"videos from {PUBLISHED[dataset][-1] if dataset in PUBLISHED else ''}"))
+                         + (where.get(dataset) or f"videos and annotations from {PAGES[dataset]}"))
     return root
 
 
-def load_tests(dataset, root, test_list="", labels=""):
-    """A dataset's test sets, {name: VideoList}: from test, val, base or novel/<class>/<video>, or the published lists."""
-    root = check_root(dataset, root)
-    folders = [name for name in ("base", "novel", "test", "val") if (root / name).is_dir()]
-    if (root / "train").is_dir() and not folders and not test_list:
-        raise ValueError(f"{root}: has train/ but no test/ or val/<class>/<video> beside it to test on")
-    if folders and not test_list:
-        return {name: class_folders(root / name) for name in folders}
-    if dataset in ("folder", "shapes") and not test_list:
-        return {"test": class_folders(root)}
-    names, _, lists, page = PUBLISHED[dataset] if dataset in PUBLISHED else ("labels.csv", "", (), "your own lists")
-    found = [test_list] if test_list else [find_file(root, name, page) for name in lists]
-    classes = [class_names(dataset, labels or find_file(root, names.format(split=i), page)) for i in range(1, 1 + len(found))]
-    return {Path(path).stem: read_list(path, root, names) for path, names in zip(found, classes)}
+def list_classes(files, owned, labels, split="split1"):
+    """The class names of a list: the owner's, the published labels file's, or those of the file `labels`."""
+    name = PUBLISHED[files.dataset][0].replace("split1", split)
+    return owned[0] or read_labels(files.text(name) or (labels if labels != "llm" else "") or files.need(name))
 
 
-def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list="", labels=""):
+def test_sets(files, owned, test_list, labels, training):
+    """{name: VideoList} from a list of one's own, the owner's files, the published lists, or class folders."""
+    if test_list:
+        return {Path(test_list).stem: read_list(test_list, files, list_classes(files, owned, labels))}
+    if owned[0]:
+        return {name: files.locate(owned[0], entries, f"{files.root}, {name}")
+                for name, entries in owned[1].items() if name != "train"}
+    zero_shot = files.dataset == "k600" and not training
+    lists = PUBLISHED[files.dataset][1] if zero_shot or files.dataset != "k600" else {}
+    if zero_shot or any(map(files.text, lists.values())):
+        return {name: read_list(files.need(file), files, list_classes(files, owned, labels, name))
+                for name, file in lists.items()}
+    folders = [name for name in ("base", "novel", "test", "val") if files.has_folders(name)]
+    if folders:
+        return {name: class_folders(os.path.join(files.root, name)) for name in folders}
+    if files.has_folders("train"):
+        raise ValueError(f"{files.root}: has train/ but no test/ or val/<class>/<video> beside it to test on")
+    if files.dataset in PAGES:
+        files.need(*next(patterns for name, patterns in OWNERS[files.dataset].items() if name != "train"))
+    return {"test": class_folders(files.root)}
+
+
+def training_set(protocol, files, owned, shots, train_list, labels):
+    """A VideoList from a list of one's own, the published few-shot list, the owner's files, other lists or folders."""
+    few = f"train1_few_shot_{shots}.txt"
+    lists = (few,) if files.dataset in ("hmdb51", "ucf101") else ("train.txt", few)
+    path = train_list or (files.text(few) if protocol == "fewshot" and files.dataset in PAGES else None)
+    if not path and owned[0]:
+        source = "its training split 1" if "train" in owned[1] else files.need(*OWNERS[files.dataset]["train"])
+        return files.locate(owned[0], owned[1]["train"], f"{files.root}, {source}")
+    lists_first = files.dataset in PAGES and files.dataset != "k600"  # whose own train.txt is no such list
+    if not path and files.has_folders("train") and not (lists_first and files.text(*lists)):
+        return class_folders(os.path.join(files.root, "train"))
+    return read_list(path or files.need(*lists), files, list_classes(files, owned, labels))
+
+
+def named(sets, files, labels, upstream):
+    """The VideoLists {name: videos} with HMDB-51's names put right, or with the names of the labels file `labels`.
+
+    labels: "llm" for the published LLM-rephrased names, <dataset>_llm_labels.json, looked for as other annotations are.
+    ValueError: it has another number of names than there are classes, or is to name different lists of classes.
+    """
+    result = {}
+    for name, videos in sets.items():
+        path, names = labels, videos.classes
+        if labels == "llm":
+            file = PUBLISHED[files.dataset][0].replace("split1", name)
+            path = files.need(file.removesuffix(".csv").removesuffix("_labels") + "_llm_labels.json")
+        if path:
+            names = read_labels(path)
+            same = labels == "llm" or videos.classes == next(iter(sets.values())).classes
+            if len(names) != len(videos.classes) or not same:
+                raise ValueError(f"{path}: {len(names)} names, but {name} has {len(videos.classes)} classes; a labels "
+                                 "file is for one list of classes, the same in all sets")
+        result[name] = replace(videos, classes=put_right(files.dataset, names, upstream))
+    return result
+
+
+def load_tests(dataset, root, test_list="", labels="", upstream_labels=False):
+    """A dataset's test sets, {name: VideoList}; see `test_sets` and `named`.
+
+    upstream_labels: HMDB-51's class names as published, two pairs of them the wrong way round; see `put_right`.
+    """
+    files = Files(dataset, check_root(dataset, root, upstream_labels))
+    owned = read_owners(files) if dataset != "k600" else ((), {})  # that is tested on published lists
+    tests = test_sets(files, owned, test_list, labels, False)
+    return named(tests, files, labels, upstream_labels)
+
+
+def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list="", labels="", upstream_labels=False):
     """Training videos and test sets of a protocol, (VideoList, {name: VideoList}).
 
-    fewshot: `shots` videos per class, as published or drawn with `seed`; the first test list alone, since the others
-    hold training clips. base2novel: `shots` of each base class, tests on base and novel. Others: all training videos.
+    fewshot: `shots` videos per class, as published or drawn with `seed`. base2novel: `shots` of each base class, drawn,
+    tests on base and novel. Others: all training videos. Of test splits the first: the others hold training videos.
     """
-    root = check_root(dataset, root)
-    tests = load_tests(dataset, root, test_list, labels)
-    if (root / "train").is_dir() and not train_list:
-        train = class_folders(root / "train")
-    elif dataset == "folder" and not train_list:  # one's own class folders: what is not drawn for training is the test
-        everything = class_folders(root)
+    files = Files(dataset, check_root(dataset, root, upstream_labels))
+    owned = read_owners(files)
+    if dataset == "folder" and not train_list and not files.has_folders("train"):
+        everything = class_folders(root)  # one's own class folders: what is not drawn for training is the test
         train = draw_shots(everything, shots, seed)
         drawn = set(train.paths)
         tests = {"test": everything.keep([i for i, path in enumerate(everything.paths) if path not in drawn])}
         if not tests["test"].paths:
             raise ValueError(f"{root}: shots={shots} takes every video for training and leaves none to test on")
     else:
-        names, lists, _, page = PUBLISHED[dataset] if dataset in PUBLISHED else ("labels.csv", "train.txt", (), "your own")
-        train = read_list(train_list or find_file(root, lists.format(shots=shots), page), root,
-                          class_names(dataset, labels or find_file(root, names.format(split=1), page)))
-    if protocol in ("fewshot", "base2novel") and dataset != "folder":
-        tests = tests if "base" in tests else dict([next(iter(tests.items()))])
+        tests = test_sets(files, owned, test_list, labels, True)
+        train = training_set(protocol, files, owned, shots, train_list, labels)
+    if "split2" in tests or protocol in ("fewshot", "base2novel") and dataset != "folder" and "base" not in tests:
+        tests = dict([next(iter(tests.items()))])
+    halves = []
     if protocol == "base2novel" and "novel" not in tests:
-        halves, whole = base_and_novel(train, dataset, root), next(iter(tests.values()))
+        counted = [label for _, label in owned[1]["train"]] if "train" in owned[1] else train.labels
+        halves = base_and_novel(put_right(dataset, train.classes, upstream_labels), counted, files)
+    tests = named({"the training set": train} | tests, files, labels, upstream_labels)
+    train = tests.pop("the training set")
+    if halves:
+        whole = next(iter(tests.values()))
+        if whole.classes != train.classes:
+            raise ValueError(f"{root}: base2novel needs the same classes in training and test videos")
         train, tests = train.only(halves[0]), dict(zip(("base", "novel"), (whole.only(half) for half in halves)))
     if protocol in ("fewshot", "base2novel") and not train_list:
         train = draw_shots(train, shots, seed)
@@ -553,6 +797,22 @@ def read_test(path, v):
     return read_views(path, v.frames, v.size, v.clips, v.crops, v.short_side, SAMPLERS[v.sampling])
 
 
+def heed_parent_alone(_):
+    """In a loader's worker: of all SIGTERMs only its own process's ends it, not a scheduler's to everybody."""
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+            pass
+        os._exit(0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def load_batches(videos, workers, collate, **batches):
+    """The DataLoader that both loaders below are."""
+    return DataLoader(videos, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                      worker_init_fn=heed_parent_alone if hasattr(signal, "sigwaitinfo") else None, **batches)
+
+
 class TestVideos(Dataset):
     """Item i: its views, uint8 (V,T,3,R,R) or None, and what is wrong with the video, or None."""
 
@@ -575,12 +835,13 @@ class TestVideos(Dataset):
 
     def loader(self, indices, batch, workers):
         """Batches of (indices, views (b,V,T,3,R,R), [(index, error)])."""
-        def collate(items):
-            good = [(i, clip) for i, clip, _ in items if clip is not None]
-            clips = torch.stack([clip for _, clip in good]) if good else torch.empty(0)
-            return [i for i, _ in good], clips, [(i, error) for i, clip, error in items if clip is None]
-        return DataLoader(Subset(self, indices), batch, collate_fn=collate, num_workers=workers,
-                          pin_memory=torch.cuda.is_available())
+        return load_batches(Subset(self, indices), workers, self.collate, batch_size=batch)
+
+    @staticmethod
+    def collate(items):
+        good = [(i, clip) for i, clip, _ in items if clip is not None]
+        clips = torch.stack([clip for _, clip in good]) if good else torch.empty(0)
+        return [i for i, _ in good], clips, [(i, error) for i, clip, error in items if clip is None]
 
 
 class TrainVideos(Dataset):
@@ -622,12 +883,13 @@ class TrainVideos(Dataset):
 
     def loader(self, batches, workers):
         """Batches of (clips (b,T,3,R,R) uint8, labels (b,), weights (b,), errors) for lists of (epoch, i, weight)."""
-        def collate(items):
-            clips, labels, weights, bad = zip(*items)
-            clips = None if None in clips else torch.stack(clips)
-            return clips, torch.tensor(labels), torch.tensor(weights), [error for b in bad for error in b]
-        return DataLoader(self, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                          pin_memory=torch.cuda.is_available())
+        return load_batches(self, workers, self.collate, batch_sampler=batches)
+
+    @staticmethod
+    def collate(items):
+        clips, labels, weights, bad = zip(*items)
+        clips = None if None in clips else torch.stack(clips)
+        return clips, torch.tensor(labels), torch.tensor(weights), [error for b in bad for error in b]
 
 
 # ---- the miniature world ---------------------------------------------------------------------------------------------

@@ -3,17 +3,25 @@
     python eval.py --zeroshot hmdb51 --data /videos/hmdb51                     # vanilla CLIP, or --checkpoint FILE
     python eval.py --zeroshot ucf101 --checkpoint runs/k400/best.pt --ensemble 0.7
     python eval.py --video clip.mp4 --classes "juggling, running" --checkpoint FILE --picture out.png
+    python eval.py --video long.mp4 more/ --classes classes.txt --every 2s --json out.json      # what happens when
     python eval.py --check /videos/hmdb51
     python eval.py --benchmark --clip ViT-B/16
 """
 
 import argparse
+import itertools
+import json
 import math
 import multiprocessing
 import os
+import re
 import sys
 import time
+import uuid
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -36,11 +45,59 @@ from video_prompt import load_released as load_released_tc
 METHODS = {"tc": (TCCLIP, TCConfig), "ila": (ILA, ILAConfig), "vifi": (FramePool, PoolConfig)}
 VANILLA = dict(method="vifi", frames=16, sampling="tsn", clips=2, crops=1, pixels="clip", short_side=0, clip="ViT-B/16",
                model={})  # how vanilla CLIP sees a video, as a recipe
-SCORES = {"top1": "top-1", "top5": "top-5", "pairs": "inside reversed pairs"}
+SCORES = {"top1": "top-1", "top5": "top-5", "pairs": "inside reversed pairs",
+          **{key: key for key in ("temporal", "static", "temporal score")}}
 BAD_SHARE = 0.05  # more unreadable videos than this stop a run
 
 
+# [paper] top-1 in %, by protocol, method, training data, backbone and frames; the columns are those of train.py's tables
+PAPERS = {
+    "zeroshot tc k400 ViT-B/16 16": {"hmdb51": 54.2, "ucf101": 82.9, "k600": 75.8},
+    "zeroshot tc k400 ViT-B/16 16, LLM names": {"hmdb51": 56.0, "ucf101": 85.4, "k600": 78.1},
+    "fewshot tc hmdb51 ViT-B/16 16": {"2 shots": 57.3, "4 shots": 62.3, "8 shots": 67.3, "16 shots": 68.6},
+    "fewshot tc ucf101 ViT-B/16 16": {"2 shots": 85.9, "4 shots": 89.9, "8 shots": 92.5, "16 shots": 94.6},
+    "fewshot tc ssv2 ViT-B/16 16": {"2 shots": 7.3, "4 shots": 8.6, "8 shots": 9.3, "16 shots": 14.0},
+    **{f"base2novel tc {name} ViT-B/16 16": {"harmonic mean": top1}
+       for name, top1 in (("k400", 70.4), ("hmdb51", 62.2), ("ucf101", 85.9), ("ssv2", 15.2))},
+    "supervised tc k400 ViT-B/16 16": {"top-1": 85.2, "top-5": 96.9},
+    **{f"supervised ila {name}": {"top-1": top1} for name, top1 in (
+        ("k400 ViT-B/32 8", 81.3), ("k400 ViT-B/32 16", 82.4), ("k400 ViT-B/16 8", 84.0), ("k400 ViT-B/16 16", 85.7),
+        ("k400 ViT-L/14 8", 88.0), ("k400 ViT-L/14@336px 16", 88.7), ("ssv2 ViT-B/16 8", 65.0),
+        ("ssv2 ViT-B/16 16", 66.8), ("ssv2 ViT-L/14 8", 67.8), ("ssv2 ViT-L/14@336px 16", 70.2))}}
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------
+
+class LinearProbe(nn.Module):
+    """A linear classifier over the standardised video feature of a frozen model [paper, ILA Table 12]."""
+
+    def __init__(self, model, num_classes):
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        embed = model.clip.visual.proj.shape[1]
+        self.head = nn.Sequential(nn.LayerNorm(embed, elementwise_affine=False), nn.Linear(embed, num_classes))
+
+    @property
+    def clip(self):
+        return self.model.clip
+
+    def train(self, mode=True):
+        """As always, but the frozen model stays in eval mode: its batch norm and dropout rest."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def set_classes(self, names):
+        if len(names) != self.head[1].out_features:
+            raise ValueError(f"{len(names)} classes for a linear probe of {self.head[1].out_features}")
+
+    def forward(self, video):
+        """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
+        with torch.no_grad():
+            feature = self.model.encode_video(video)  # (B,E)
+        logits = self.head(feature)
+        return logits, logits.new_zeros(())
+
 
 def build_model(method, clip, frames, settings):
     """The model of a method around a CLIP; `settings` override its configuration's defaults."""
@@ -58,10 +115,12 @@ def load_model(path, clip="ViT-B/16", merges=None):
     content = read_checkpoint(path)
     try:
         if isinstance(content, dict) and "recipe" in content:
-            recipe = content["recipe"]
-            model = build_model(recipe["method"], load_clip(content["model"], merges or recipe["merges"] or None),
+            recipe, weights = content["recipe"], content["model"]
+            original = {key.removeprefix("model."): value for key, value in weights.items()}  # of what a probe probes
+            model = build_model(recipe["method"], load_clip(original, merges or recipe["merges"] or None),
                                 recipe["frames"], recipe["model"])
-            model.load_state_dict(content["model"])
+            model = LinearProbe(model, len(content["classes"])) if recipe["probe"] else model
+            model.load_state_dict(weights)
             return model.eval(), recipe
         weights = {key.removeprefix("module."): value for key, value in clip_weights(content).items()}
         if any(key.startswith("image_encoder.") for key in weights):
@@ -78,6 +137,16 @@ def load_model(path, clip="ViT-B/16", merges=None):
         return model.eval(), recipe
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: " + " ".join(str(error).split())) from error
+
+
+def load_tuned(model, path, clip, merges=None):
+    """Loads a checkpoint, ours or released, into a model of the same method and configuration, or raises ValueError."""
+    tuned, recipe = load_model(path, clip, merges)
+    try:
+        model.load_state_dict(tuned.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not weights for this run, but of {recipe['method']} with {recipe['frames']} frames and "
+                         f"model settings {recipe['model']} ({' '.join(str(error).split()):.120}...)") from error
 
 
 def ensemble(base, tuned, weight):
@@ -114,8 +183,28 @@ def start_processes():
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():  # the long timeout lets one prepare what the others wait for
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))
+        timeout = timedelta(hours=4)
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group("nccl" if cuda else "gloo", store=fresh(store, rank, world), rank=rank, world_size=world,
+                                timeout=timeout)
     return device
+
+
+def fresh(store, rank, world):
+    """A part of torchrun's store that no process of an earlier attempt has written to.
+
+    torchrun keeps one store over all restarts. Who finds a killed process's address there waits for it in vain. Here all
+    processes post a new name; those that read the same names, their own among them, are of the same attempt.
+    """
+    store.set(f"name {rank}", uuid.uuid4().hex)
+    while True:
+        names = uuid.uuid5(uuid.NAMESPACE_OID, str([store.get(f"name {i}") for i in range(world)])).hex
+        store.set(f"{names} {rank}", "")
+        try:
+            store.wait([f"{names} {i}" for i in range(world)], timedelta(seconds=1))
+            return dist.PrefixStore(names, store)
+        except dist.DistStoreError:  # a name was an earlier attempt's: read again
+            continue
 
 
 def gather(items):
@@ -126,6 +215,15 @@ def gather(items):
     lists = [None] * world
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
+
+
+def on_any(flag, device):
+    """Whether the flag is set on any process: one number through the network, nothing beside an optimiser step."""
+    if rank_and_world()[1] == 1:
+        return flag
+    count = torch.tensor(float(flag), device=device)
+    dist.all_reduce(count)
+    return bool(count)
 
 
 def autocast(device, precision):
@@ -212,43 +310,66 @@ def inside_pairs(probabilities, videos):
 
 def scores(probabilities, bad, videos):
     """The numbers of one test set, as results.json holds them."""
-    result = {"videos": len(videos.labels), "top1": top_k(probabilities, videos.labels, 1),
-              "top5": top_k(probabilities, videos.labels, 5)}
+    result = {"videos": len(videos.labels), "classes": len(videos.classes),
+              "top1": top_k(probabilities, videos.labels, 1), "top5": top_k(probabilities, videos.labels, 5)}
     pairs = inside_pairs(probabilities, videos)
-    return result | ({} if pairs is None else {"pairs": pairs}) | {"bad": [error for _, error in bad]}
+    return result | ({} if pairs is None else {"pairs": pairs}) | {
+        "bad": [error for _, error in bad], "absent": list(videos.absent)}
+
+
+def subset_scores(probabilities, labels, subsets):
+    """Top-1 on the videos of each of `subsets` {name: labels}, among all classes; given temporal and static ones also the
+    temporal score [paper, ILA Table 13], here the first minus the second [ours: the paper's formula is not at hand]."""
+    top1 = {}
+    for name, members in subsets.items():
+        rows = np.isin(labels, members)
+        top1[name] = top_k(probabilities[rows], np.asarray(labels)[rows], 1)
+    return top1 | ({"temporal score": top1["temporal"] - top1["static"]} if len(top1) == 2 else {})
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-INK, PAPER, COLOURS = (40, 40, 40), (255, 255, 255), ((0, 95, 175), (205, 85, 0))
+INK, GRID, PAPER, COLOURS = (40, 40, 40), (220, 220, 220), (255, 255, 255), ((0, 95, 175), (205, 85, 0))
 
 
-def text(draw, xy, words, size=18, fill=INK, anchor="la"):
-    draw.text(xy, words, fill=fill, font=ImageFont.load_default(size), anchor=anchor)
+def sheet(width, height, title):
+    """An empty picture with a title, and what draws on it."""
+    picture = Image.new("RGB", (width, round(height)), PAPER)
+    draw = ImageDraw.Draw(picture)
+    text(draw, (20, 16), title, 26)
+    return picture, draw
+
+
+def text(draw, xy, words, size=18, anchor="la", width=None):
+    """Writes words, or as many of their letters as fit into `width` pixels."""
+    font, kept = ImageFont.load_default(size), words
+    while width and len(kept) > 3 and font.getlength(kept) > width:
+        kept = kept[:-4] + "..."
+    draw.text(xy, kept, fill=INK, font=font, anchor=anchor)
 
 
 def draw_curves(history, path):
     """Training loss and validation accuracy over the epochs, side by side, as a PNG of 1000 x 400 pixels."""
-    picture = Image.new("RGB", (1000, 400), PAPER)
-    draw = ImageDraw.Draw(picture)
+    picture, draw = sheet(1000, 400, "")
     for left, key, title, colour in ((70, "loss", "training loss", COLOURS[0]),
                                      (570, "top1", "validation top-1", COLOURS[1])):
         points = [(line["epoch"], line[key]) for line in history if key in line]
         if not points:
             continue
-        high = 1.0 if key == "top1" else max(value for _, value in points) or 1.0
+        top = 1 if key == "top1" else max(value for _, value in points)
+        high = next((m * 10.0**e for e in range(-6, 6) for m in (1, 2, 4, 6, 8) if m * 10.0**e >= top), top)  # round
         width, height, last = 390, 290, max(2, history[-1]["epoch"])
         text(draw, (left, 12), title, 22)
         for share in (0, 0.25, 0.5, 0.75, 1):
             y = 60 + height * (1 - share)
-            draw.line([(left, y), (left + width, y)], fill=(220, 220, 220))
-            text(draw, (left - 8, y), f"{share * high:.2f}", 15, anchor="rm")
+            draw.line([(left, y), (left + width, y)], fill=GRID)
+            text(draw, (left - 8, y), f"{share * high:g}", 15, "rm")
         place = [(left + width * (epoch - 1) / (last - 1), 60 + height * (1 - value / high)) for epoch, value in points]
         draw.line(place, fill=colour, width=3)
         for x, y in place:
             draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
         text(draw, (left, 365), "epoch 1", 15)
-        text(draw, (left + width, 365), f"epoch {last}", 15, anchor="ra")
+        text(draw, (left + width, 365), f"epoch {last}", 15, "ra")
     picture.save(path)
 
 
@@ -300,59 +421,140 @@ def point_column(frame, point, mask, side):
     return frame, masked
 
 
-def draw_columns(path, title, rows, column, shown, classes, probabilities, width=1600):
-    """A picture of `width` pixels: the images column(t, side) of the frames `shown`, below one another; class bars."""
-    left, gap, top = 190, 6, 70
-    side = min((width - left - 20) // len(shown) - gap, 300)
-    picture = Image.new("RGB", (width, top + len(rows) * (side + gap) + 60 + 34 * len(classes)), PAPER)
-    draw = ImageDraw.Draw(picture)
-    text(draw, (20, 16), title, 26)
+@torch.no_grad()
+def draw_seen(model, clip, path, classes, probabilities, pixels="imagenet"):
+    """Eight frames of a clip (T,3,R,R) uint8, what TC-CLIP or ILA saw in them in the last block that shows it, and bars
+    of the classes; a PNG at `path`. A model without context tokens or points shows the frames alone."""
+    video, summaries, points = data.normalise(clip.to(model.clip.logit_scale.device), pixels)[None], {}, []
+    shown = np.unique(np.linspace(0, len(clip) - 1, min(len(clip), 8)).round().astype(int))
+    side, title, rows = min(1400 // len(shown) - 6, 300), f"What the model saw: {len(clip)} frames", ("frame",)
+    columns = [(thumbnail(clip[t], side),) for t in shown]
+    if isinstance(model, TCCLIP):
+        summaries = model.vision(model.clip.visual, video)[2]
+    elif isinstance(model, ILA):
+        points = model.interactive_points(video)
+    if summaries:
+        block, summary = max(summaries.items())
+        (T, S), k = summary.seeds.shape[1:], summary.sizes.shape[1]
+        scores, seeds, group = (x.reshape(T, -1).cpu().numpy() for x in (summary.scores, summary.seeds, summary.group))
+        title = f"TC-CLIP, block {block + 1}: {T} frames x {S} seeds, merged to {k} context tokens"
+        rows = "frame", "attention of\nthe class token", f"the {S} seeds", "context tokens\n(one colour each)"
+        columns = [context_column(clip[t], scores[t], seeds[t], group[t], context_colours(k), side) for t in shown]
+    elif points:
+        masks = interactive_mask(points[-1], math.isqrt(len(model.clip.visual.positional_embedding) - 1)).flatten(2)
+        title = f"ILA, aligned block {len(points)}: interactive points, and the masks around them"
+        rows = "frame, point\nand box", "mask"
+        columns = [point_column(clip[t], *(x[0, t].cpu().numpy() for x in (points[-1], masks)), side) for t in shown]
+    top, bars = 80, 104 + len(rows) * (side + 6)
+    picture, draw = sheet(1600, bars + 36 + 34 * len(classes), title)
     for row, words in enumerate(rows):
-        text(draw, (20, top + row * (side + gap) + side // 2 - 20), words, 20)
-    for place, t in enumerate(shown):
-        for row, image in enumerate(column(t, side)):
-            picture.paste(image, (left + place * (side + gap), top + row * (side + gap)))
-        text(draw, (left + place * (side + gap) + side // 2, top - 4), f"{t + 1}", 16, anchor="ms")
-    draw_classes(draw, (20, top + len(rows) * (side + gap) + 24), classes, probabilities, width)
+        text(draw, (20, top + row * (side + 6) + side // 2), words, 20, "lm")
+    for left, t, column in zip(range(190, 1600, side + 6), shown, columns):
+        text(draw, (left + side // 2, top - 5), f"{t + 1}", 16, "ms")
+        for row, image in enumerate(column):
+            picture.paste(image, (left, top + row * (side + 6)))
+    for y, name, p in zip(range(bars, bars + 34 * len(classes), 34), classes, probabilities):
+        text(draw, (450, y + 11), name, 20, "rm", width=430)
+        draw.rectangle([460, y, 461 + max(0, 1040 * p), y + 22], fill=COLOURS[0])
+        text(draw, (472 + max(0, 1040 * p), y + 11), f"{p:.3f}", 20, "lm")
+    picture.save(path)
+
+
+def clock(seconds):
+    """Seconds as minutes and seconds, 0:02 or 0:00.5, or with hours, 1:02:03."""
+    minutes, seconds = divmod(round(seconds, 2), 60)
+    second = f"{seconds:05.2f}".rstrip("0").rstrip(".") if seconds % 1 else f"{seconds:02.0f}"
+    return f"{minutes:.0f}:{second}" if minutes < 60 else f"{minutes // 60:.0f}:{minutes % 60:02.0f}:{second}"
+
+
+def draw_strip(path, title, windows, classes, frames):
+    """What happens when: eight of `frames` [(seconds, (3,R,R) uint8)], in time order, and below them a band for each of
+    the six classes that reach highest. windows: [(start, end, values (C,))]; a band is 1 high (one class: its highest).
+    """
+    left, width, band, last = 330, 1190, 64, windows[-1][1]
+    values = np.stack([value for _, _, value in windows]).clip(0)  # (windows, C)
+    chosen = sorted(np.argsort(-values.max(axis=0))[:6], key=lambda c: values[:, c].argmax())  # as they come
+    high, count = 1 if len(classes) > 1 else values.max() + 1e-9, min(8, len(frames))
+    side = min(width // count - 6, 240)
+    top = 110 + side
+    picture, draw = sheet(1600, top + band * len(chosen) + 50, title)
+    for share in (np.arange(count) + 0.5) / count:
+        seconds, frame = [item for item in frames if item[0] <= last * share][-1]
+        picture.paste(thumbnail(frame, side), (int(left + width * share - side / 2), 70))
+        text(draw, (left + width * share, 76 + side), clock(seconds), 18, "ma")
+    for place, c in enumerate(chosen):
+        base = top + band * (place + 1)
+        text(draw, (left - 14, base - band / 2 + 6), classes[c], 20, "rm", width=left - 34)
+        for (start, end, _), value in zip(windows, values[:, c]):
+            x = left + width * start / last
+            draw.rectangle([x, base - (band - 14) * value / high, max(x, left + width * end / last - 1), base],
+                           fill=COLOURS[place % 2])
+        draw.line([left, base, left + width, base], fill=INK)
+        text(draw, (left + width + 6, base), f"max {values[:, c].max():.2f}", 15, "ls")
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        draw.line([left + width * share, base, left + width * share, base + 6], fill=INK)
+        text(draw, (left + width * share, base + 10), clock(round(last * share, 1)), 16, "ma")
+    picture.save(path)
+
+
+def draw_confusion(probabilities, labels, classes, path):
+    """Which classes (rows) are taken for which (columns), named up to 51, and the ten worst pairs; a PNG at `path`.
+
+    probabilities (n,C): NaN in the rows of unreadable videos, which are left out. Shades: the root of a row's shares.
+    """
+    labels, C, read = np.asarray(labels), len(classes), ~np.isnan(probabilities[:, 0])
+    counts = np.zeros((C, C), dtype=int)
+    np.add.at(counts, (labels[read], probabilities[read].argmax(axis=1)), 1)
+    wrong = counts * (1 - np.eye(C, dtype=int))
+    worst = [divmod(int(i), C) for i in np.argsort(-wrong, axis=None, kind="stable")[:10] if wrong.flat[i]]
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    hue = np.where(np.eye(C, dtype=bool)[..., None], *COLOURS)  # (C,C,3)
+    shade = (255 - (255 - hue) * shares[..., None] ** 0.5).astype(np.uint8)
+    names, cell = classes if C <= 51 else (), max(1, min(36, 816 // C))
+    size, side = min(cell, 18), cell * C
+    room = int(min(240, max((ImageFont.load_default(size).getlength(name) for name in names), default=0))) + 10
+    left, top = 20 + room, 70 + room
+    title = f"Rows: the true class; columns: what it is taken for; top-1 {np.trace(counts) / len(labels):.1%}"
+    picture, draw = sheet(max(left + side + 30, 1000), top + side + 60 + 28 * len(worst), title)
+    picture.paste(Image.fromarray(shade).resize((side, side), Image.Resampling.NEAREST), (left, top))
+    for i, name in enumerate(names):
+        draw.line([left, top + cell * i, left + side, top + cell * i], fill=GRID)
+        draw.line([left + cell * i, top, left + cell * i, top + side], fill=GRID)
+        text(draw, (left - 8, top + cell * (i + 0.5)), name, size, "rm", width=room - 8)
+        column = Image.new("RGB", (room, cell), PAPER)
+        text(ImageDraw.Draw(column), (8, cell / 2), name, size, "lm", width=room - 8)
+        picture.paste(column.rotate(90, expand=True), (left + cell * i, top - room))
+    draw.rectangle([left, top, left + side, top + side], outline=INK)
+    for y, (own, other) in zip(range(top + side + 30, picture.height, 28), worst):
+        text(draw, (left, y), f"{counts[own, other]} of {counts[own].sum()}:  {classes[own]}  ->  {classes[other]}",
+             width=picture.width - left - 20)
     picture.save(path)
 
 
 @torch.no_grad()
-def draw_seen(model, clip, path, classes, probabilities, pixels="imagenet"):
-    """What TC-CLIP or ILA saw in a clip (T,3,R,R) uint8, in the last block that shows it; a PNG at `path`."""
-    video = data.normalise(clip.to(model.clip.logit_scale.device), pixels)[None]
-    shown = np.unique(np.linspace(0, len(clip) - 1, min(len(clip), 8)).round().astype(int))
-    if isinstance(model, TCCLIP):
-        summaries = model.vision(model.clip.visual, video)[2]
-        if not summaries:
-            raise ValueError("this model summarises nothing: it has no context tokens to draw")
-        block, summary = max(summaries.items())
-        (T, S), k = summary.seeds.shape[1:], summary.sizes.shape[1]
-        group = summary.group.view(T, S).cpu().numpy()
-        title = f"TC-CLIP, block {block + 1}: {T} frames x {S} seeds, merged to {k} context tokens"
-        rows = "frame", "attention of\nthe class token", f"the {S} seeds", "context tokens\n(one colour each)"
-        def column(t, side):
-            return context_column(clip[t], summary.scores[0, t].cpu().numpy(), summary.seeds[0, t].cpu().numpy(),
-                                  group[t], context_colours(k), side)
-    else:
-        points = model.interactive_points(video)
-        if not points:
-            raise ValueError("this model has no interactive points to draw: its frames are not aligned")
-        masks = interactive_mask(points[-1], math.isqrt(len(model.clip.visual.positional_embedding) - 1)).flatten(2)
-        title = f"ILA, aligned block {len(points)}: interactive points, and the masks around them"
-        rows = "frame, point\nand box", "mask"
-        def column(t, side):
-            return point_column(clip[t], points[-1][0, t].cpu().numpy(), masks[0, t].cpu().numpy(), side)
-    draw_columns(path, title, rows, column, shown, classes, probabilities)
+def draw_reversal(models, clip, names, path, pixels="imagenet"):
+    """A clip and its reversal, and the probabilities that models give its class and the opposite; a PNG at `path`.
 
-
-def draw_classes(draw, corner, classes, probabilities, width):
-    """Bars of the classes' probabilities, one line each."""
-    x, y = corner
-    for i, (name, p) in enumerate(zip(classes, probabilities)):
-        text(draw, (x, y + 34 * i), name if len(name) < 42 else name[:40] + "...", 20)
-        draw.rectangle([x + 440, y + 34 * i, x + 440 + max(1, int((width - 600) * p)), y + 34 * i + 22], fill=COLOURS[0])
-        text(draw, (x + 450 + max(1, int((width - 600) * p)), y + 34 * i), f"{p:.3f}", 20)
+    models: {title: model}, whose classes become the two `names`, own and opposite. clip: (T,3,R,R) uint8.
+    """
+    left, top, side, width = 190, 110, min(760 // len(clip), 150), 620 // len(models)
+    height, start = max(side, 110) + 30, left + len(clip) * (side + 4) + 20
+    picture, draw = sheet(1600, top + 2 * height, "One clip, forwards and backwards")
+    clips = torch.stack([clip, clip.flip(0)])  # (2,T,3,R,R)
+    for line, (frames, words) in enumerate(zip(clips, ("forwards", "backwards"))):
+        text(draw, (20, top + line * height + side // 2), f"{words}:\n{names[line]}", 20, "lm")
+        for t, frame in enumerate(frames):
+            picture.paste(thumbnail(frame, side), (left + t * (side + 4), top + line * height))
+    for place, (title, model) in enumerate(models.items()):
+        text(draw, (start + place * width, top - 12), title, 20, "ls")
+        model.eval().set_classes(names)
+        logits, _ = model(data.normalise(clips.to(model.clip.logit_scale.device), pixels))  # (2,2)
+        for line, values in enumerate(logits.softmax(dim=-1).tolist()):
+            for i, (name, p, colour) in enumerate(zip(names, values, COLOURS)):
+                x, y = start + place * width, top + line * height + 55 * i
+                text(draw, (x, y), f"{name}  {p:.3f}", 17, width=width - 20)
+                draw.rectangle([x, y + 24, x + max(1, (width - 30) * p), y + 40], fill=colour)
+    picture.save(path)
 
 
 # ---- benchmark -------------------------------------------------------------------------------------------------------
@@ -364,11 +566,12 @@ ARCHITECTURES = {  # what CLIP(...) needs, for random weights: no download; see 
         ("ViT-B/32", 224, 32, 768, 12, 512), ("ViT-B/16", 224, 16, 768, 12, 512), ("ViT-L/14", 224, 14, 1024, 24, 768),
         ("ViT-L/14@336px", 336, 14, 1024, 24, 768))}
 VARIANTS = {"frame pooling": ("vifi", {}), "TC-CLIP": ("tc", {}), "ILA": ("ila", {}),
-            "TC-CLIP, lightweight": ("tc", {"reference_blocks": (8, 9, 10, 11)})}
-ILA_COSTS = {  # [paper, ILA] (model, frames, SSv2's classes or None): G multiply-adds
-    ("ViT-B/32", 8, None): 40, ("ViT-B/32", 16, None): 75, ("ViT-B/16", 8, None): 149, ("ViT-B/16", 16, None): 295,
-    ("ViT-L/14", 8, None): 673, ("ViT-L/14@336px", 16, None): 3130, ("ViT-B/16", 8, 174): 214, ("ViT-B/16", 16, 174): 438,
-    ("ViT-L/14", 8, 174): 907, ("ViT-L/14@336px", 16, 174): 3723}  # the last is not reached: see README
+            "TC-CLIP, lightweight": ("tc", {"reference_blocks": ()})}  # the last third; see benchmark_model
+PAPER_COSTS = {  # [paper] (variant, backbone, frames): G multiply-adds per video, with one class of text
+    ("frame pooling", "ViT-B/16", 16): 285, ("TC-CLIP", "ViT-B/16", 16): 304,
+    ("TC-CLIP, lightweight", "ViT-B/16", 16): 291, ("ILA", "ViT-B/32", 8): 40, ("ILA", "ViT-B/32", 16): 75,
+    ("ILA", "ViT-B/16", 8): 149, ("ILA", "ViT-B/16", 16): 295, ("ILA", "ViT-L/14", 8): 673,
+    ("ILA", "ViT-L/14@336px", 16): 3130}
 
 
 def benchmark_model(variant, args, device):
@@ -382,8 +585,10 @@ def benchmark_model(variant, args, device):
         for name, p in clip.named_parameters():
             if p.dim() != 1 or "embedding" in name:
                 nn.init.normal_(p, std=0.02)
-    prompt = {} if method == "ila" else {"prompt": "a pic"}
-    model = build_model(method, clip, args.frames, settings | prompt).to(device)
+    settings = settings | ({} if method == "ila" else {"prompt": "a pic"})
+    if "reference_blocks" in settings:
+        settings["reference_blocks"] = tuple(range(-(len(clip.visual.transformer.resblocks) // 3), 0))
+    model = build_model(method, clip, args.frames, settings).to(device)
     model.set_classes([f"{i:07d}" for i in range(args.num_classes)])  # bytes: start + 4 + 7 + "." + end = 14
     return model
 
@@ -396,23 +601,6 @@ def count_multiply_adds(model, video):
             model.eval()(video[:1]) if not counts else model(video[:1])
         counts.append(counter.get_total_flops() / 2e9)
     return counts[1], counts[0] - counts[1]
-
-
-def ila_cost(name, frames, num_classes=None):
-    """G multiply-adds of ILA for a video and, as the paper counts, one class of text at 77 tokens; on the meta device."""
-    counts, sizes = [], ARCHITECTURES[name]
-    for layers in (1, 2):  # all blocks cost the same
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            clip = CLIP(**sizes | {"vision_layers": layers})
-            model = ILA(clip, ILAConfig(frames=frames, num_classes=num_classes)).eval()
-            model.tokens = torch.empty(1, 77)
-            model.text_cache.keep(torch.empty(1, sizes["embed"]))
-            model(torch.empty(1, frames, 3, sizes["resolution"], sizes["resolution"]))
-            prompt = torch.empty(1, 77, sizes["text_width"])
-            for block in clip.transformer.resblocks if num_classes is None else ():
-                prompt = block(prompt, causal=True)
-        counts.append(counter.get_total_flops() / 2e9)
-    return counts[0] + (sizes["vision_layers"] - 1) * (counts[1] - counts[0])
 
 
 def one_pass(model, video, args):
@@ -428,28 +616,25 @@ def one_pass(model, video, args):
     return time.perf_counter() - began
 
 
-def peak_memory(variant, args, results):
-    """Puts the highest memory of one pass, in GB, into the queue `results`; to be run in a process of its own."""
+def peak_memory(variant, args):
+    """The highest memory of one pass, in GB; to be run in a process of its own."""
     device = start_processes()
     model = benchmark_model(variant, args, device)
     side = model.clip.visual.resolution
     one_pass(model, torch.randn(args.batch, args.frames, 3, side, side, device=device), args)
     if device.type == "cuda":
-        results.put(torch.cuda.max_memory_allocated() / 1e9)
-    else:  # Linux's high-water mark of this process; ru_maxrss would start at its parent's
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        results.put(int(status["VmHWM"].split()[0]) / 1e6)
+        return torch.cuda.max_memory_allocated() / 1e9
+    # Linux's high-water mark of this process; ru_maxrss would start at its parent's
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1e6
 
 
 def memory_of(variant, args):
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    child = context.Process(target=peak_memory, args=(variant, args, results))
-    child.start()
-    child.join()
-    if child.exitcode:
-        raise ValueError(f"measuring the memory of {variant} failed; it may be more than there is: lower --batch")
-    return results.get()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+        try:
+            return child.submit(peak_memory, variant, args).result()
+        except RuntimeError as error:  # it was killed, or says itself that memory is out
+            raise ValueError(f"{variant}: measuring its memory failed; if it was too little, lower --batch") from error
 
 
 def benchmark(args):
@@ -466,21 +651,22 @@ def benchmark(args):
     seconds = {name: np.array(taken[1:]) for name, taken in seconds.items()}  # the first is a warm-up
     memory = {name: memory_of(name, args) for name in models}
     processor = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.clip or 'ViT-B/16'}, {'training step' if args.train else 'forward'}, {args.frames} frames, "
-          f"batch {args.batch}, {args.num_classes} classes, {args.precision}, {processor}; medians of {args.repeats} "
+    clip = args.clip or "ViT-B/16"
+    print(f"{clip}, {'training step' if args.train else 'forward'}, {args.frames} frames, batch {args.batch}, "
+          f"{args.num_classes} classes, {args.precision}, {processor}; medians of {args.repeats} "
           "(smallest to largest ratio)")
-    print(f"{'':22}{'parameters':>12}{'G per video':>13}{'G per class set':>17}{'videos/s':>10}{'time ratio':>20}"
-          f"{'peak GB':>9}{'ratio':>7}")
+    print(f"{'':22}{'parameters':>11}{'trained':>9}{'G per video':>13}{'paper G':>9}{'G per class set':>17}"
+          f"{'videos/s':>10}{'time ratio':>20}{'peak GB':>9}{'ratio':>7}")
     for name, model in models.items():
         ratios = seconds[name] / seconds[base]
-        count = sum(p.numel() for key, p in model.named_parameters() if "token_embedding" not in key) / 1e6
-        print(f"{name:22}{count:10.1f} M{costs[name][0]:13.1f}{costs[name][1]:17.1f}"
-              f"{args.batch / np.median(seconds[name]):10.2f}{np.median(ratios):8.3f} ({ratios.min():.2f}-{ratios.max():.2f})"
+        count, trained = (sum(p.numel() for key, p in model.named_parameters() if "token_embedding" not in key
+                              and (p.requires_grad or every)) / 1e6 for every in (True, False))
+        print(f"{name:22}{count:9.1f} M{trained:7.1f} M{costs[name][0]:13.1f}"
+              f"{PAPER_COSTS.get((name, clip, args.frames), ''):>9}{costs[name][1]:17.1f}"
+              f"{args.batch / np.median(seconds[name]):10.2f}"
+              f"{np.median(ratios):8.3f} ({ratios.min():.2f}-{ratios.max():.2f})"
               f"{memory[name]:9.2f}{memory[name] / memory[base]:7.2f}")
-    print("\nILA, G multiply-adds with one class of text at 77 tokens, here and in the paper:")
-    for (name, frames, classes), paper in ILA_COSTS.items():
-        cost = ila_cost(name, frames, classes)
-        print(f"{name:16}{frames:4} frames{'  SSv2' if classes else '':8}{cost:10.1f}{paper:8}{cost / paper - 1:+8.1%}")
+    print("G: multiply-adds. The paper's include one class of text, and rows that are not computed here.")
     return 0
 
 
@@ -515,26 +701,51 @@ def chosen_model(args, default_clip):
     return model.to(start_processes()), recipe
 
 
+def describe_scores(name, score):
+    """The lines that tell of one test set's scores."""
+    numbers = ", ".join(f"{title} {100 * score[key]:.2f}" for key, title in SCORES.items() if key in score)
+    lines = [f"{name}: {score['videos']} videos, {score['classes']} classes, {numbers}"]
+    if score["absent"]:
+        lines.append(f"{name}: {len(score['absent'])} annotated videos are not there and left out, such as {score['absent'][0]}")
+    return "\n".join([*lines, *(f"unreadable, counted as wrong: {error}" for error in score["bad"])])
+
+
+def class_list(path, classes):
+    """The labels of the classes that a file lists, one name per line."""
+    names = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    unknown = [name for name in names if name not in classes]
+    if unknown or not names:
+        raise ValueError(f"{path}: it must list classes of the data, one per line; not one: {', '.join(unknown[:3])}")
+    return [classes.index(name) for name in names]
+
+
 def zeroshot(args):
     """Accuracy on every test set of a dataset; over several splits also their mean and standard deviation."""
     root = Path(args.data or f"data/{args.zeroshot}")
     start_processes()
-    tests = data.load_tests(args.zeroshot, root)
+    tests = data.load_tests(args.zeroshot, root, labels=args.labels or "", upstream_labels=args.upstream_labels)
+    subsets = {kind: path for kind, path in (("temporal", args.temporal), ("static", args.static)) if path}
+    subsets = {kind: class_list(path, next(iter(tests.values())).classes) for kind, path in subsets.items()}
     model, recipe = first_alone(lambda: chosen_model(args, root / "clip.pt" if args.zeroshot == "shapes" else "ViT-B/16"))
-    results = {}
+    if args.labels and isinstance(model, TCCLIP):  # described classes are longer than names
+        model.config = replace(model.config, text_length=len(model.clip.positional_embedding))
+    results, first, out = {}, rank_and_world()[0] == 0, sys.stderr if args.json == "-" else sys.stdout
     for name, videos in tests.items():
         model.set_classes(videos.classes)
-        videos = data.TestVideos(videos, views(recipe, model))
-        results[name] = scores(*predict(model, videos, args.batch or 8, args.workers, args.precision, name), videos.videos)
-        if rank_and_world()[0] == 0:
-            print(f"{args.zeroshot} {name}: {results[name]['videos']} videos, {len(videos.videos.classes)} classes, "
-                  + ", ".join(f"{title} {100 * results[name][key]:.2f}" for key, title in SCORES.items()
-                              if key in results[name]))
-            for error in results[name]["bad"]:
-                print(f"unreadable, counted as wrong: {error}")
-    if len(tests) > 1 and args.zeroshot != "shapes" and rank_and_world()[0] == 0:
+        seen = data.TestVideos(videos, views(recipe, model))
+        probabilities, bad = predict(model, seen, args.batch or 8, args.workers, args.precision, name)
+        results[name] = scores(probabilities, bad, videos) | subset_scores(probabilities, videos.labels, subsets)
+        if first:
+            print(describe_scores(f"{args.zeroshot} {name}", results[name]), file=out)
+        if first and args.picture and len(results) == 1:
+            draw_confusion(probabilities, videos.labels, videos.classes, args.picture)
+    if first and "split1" in results:
         top1 = [100 * result["top1"] for result in results.values()]
-        print(f"{args.zeroshot}: top-1 {np.mean(top1):.2f} +- {np.std(top1):.2f} over {len(top1)} splits")
+        key = f"zeroshot {recipe['method']} k400 {recipe['clip']} {recipe['frames']}" + ", LLM names" * bool(args.labels)
+        paper = f" ({PAPERS[key][args.zeroshot]} in the paper, after Kinetics-400)" if key in PAPERS else ""
+        print(f"{args.zeroshot}: top-1 {np.mean(top1):.2f} +- {np.std(top1):.2f} over {len(top1)} splits{paper}", file=out)
+    if first and args.json:
+        write_json(args.json, results)
     return 0
 
 
@@ -546,31 +757,105 @@ def frame_distance(model, clip, pixels):
     return float(np.mean([earth_movers_distance(a, b) for a, b in zip(frames, frames[1:])]))
 
 
-def look(args):
-    """The most probable classes of each video, and a picture of what the model saw."""
-    source = Path(args.classes)
-    names = source.read_text("utf-8").splitlines() if source.is_file() else args.classes.split(",")
-    names = [name.strip() for name in names if name.strip()]
+def named_classes(words):
+    """The names in --classes, each once: with commas between them, or a file's, a name per line or data.read_labels'."""
+    if words.endswith((".csv", ".json")):
+        names = data.read_labels(words)
+    elif words.endswith(".txt") or os.path.isfile(words):
+        names = Path(words).read_text("utf-8-sig").splitlines()
+    else:
+        names = words.split(",")
+    names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     if not names:
-        raise ValueError(f"--classes {args.classes!r}: give names with commas between them, or a file with one per line")
-    model, recipe = chosen_model(args, "ViT-B/16")
-    if args.picture and (isinstance(model, FramePool) or len(args.video) > 1):
-        raise ValueError("--picture draws what TC-CLIP or ILA saw in one video: it needs such a --checkpoint")
-    model.set_classes(names)
-    seen = views(recipe, model)
+        raise ValueError(f"--classes {words!r}: give names with commas between them, or a file with one per line")
+    return names
+
+
+@torch.no_grad()
+def windows_of(model, path, seen, args):
+    """Yields (start, end, values (C,), clip (T,3,R,R)) for the windows of --every, or once for the whole video.
+
+    start, end: seconds; 0 and None for a whole video. values: probabilities averaged over the views; of a class alone, its
+    cosine similarity.
+    """
+    scale, positions = model.clip.logit_scale.exp(), data.SAMPLERS[seen.sampling]
+    if args.every:
+        windows = data.read_windows(path, args.every, seen.frames, seen.size, seen.short_side, positions)
+    else:
+        windows = iter([(0.0, None, data.read_test(path, seen))])
+    while batch := list(itertools.islice(windows, args.batch or 8)):
+        clips = torch.stack([clip for *_, clip in batch]).view(len(batch), -1, seen.frames, 3, seen.size, seen.size)
+        with autocast(scale.device, args.precision):
+            logits, _ = model(data.normalise(clips.flatten(0, 1).to(scale.device), seen.pixels))  # (b*V,C)
+        values = logits.float().softmax(dim=-1) if logits.shape[1] > 1 else logits.float() / scale
+        values = values.unflatten(0, clips.shape[:2]).mean(dim=1).cpu().numpy()
+        yield from ((start, end, p, clip) for (start, end, _), p, clip in zip(batch, values, clips[:, 0]))
+
+
+def write_json(path, content):
+    """Writes content as JSON to a file, or where path is - to standard output."""
+    words = json.dumps(content, indent=1, ensure_ascii=False)
+    print(words) if path == "-" else Path(path).write_text(words + "\n", "utf-8")
+
+
+def look_at(model, path, names, seen, args, out):
+    """Says to the file `out` what a video shows, and draws it -> the windows of its JSON record. Raises VideoError."""
+    titles = names if len(names) > 1 else [f"{names[0]} (cosine similarity)"]
+    record, strip, frames = [], [], []
+    for start, end, values, clip in windows_of(model, path, seen, args):
+        order = np.argsort(-values, kind="stable")
+        lines = [] if record else [path]
+        classes = {names[i]: round(float(values[i]), 6) for i in order} if args.json else {}
+        record.append({"start": start, "end": end, "classes": classes})
+        if args.every:
+            top = "  ".join(f"{values[i]:.2f} {titles[i]}" for i in order[:3])
+            lines.append(f"  {clock(start)}-{clock(end)}  {top}")
+            strip.append((start, end, values))
+            frames = [*frames[::1 + (len(frames) == 64)], (start, clip[len(clip) // 2])]  # eight will be drawn
+        else:
+            lines += [f"  {values[i]:.3f}  {titles[i]}" for i in order[:5]]
+        if isinstance(model, ILA) and not args.every:
+            distance = frame_distance(model, clip, seen.pixels)
+            lines.append(f"  {distance:.3f}  earth mover's distance between adjacent frames")
+        tqdm.write("\n".join(lines), file=out)
+        if args.picture and not args.every:
+            draw_seen(model, clip, args.picture, [titles[i] for i in order[:5]], values[order[:5]].tolist(), seen.pixels)
+    if args.picture and args.every:
+        measure = "probability" if len(names) > 1 else "cosine similarity"
+        draw_strip(args.picture, f"{Path(path).name}: {measure} over time", strip, names, frames)
+    return record
+
+
+def look(args):
+    """The most probable classes of each video or of its windows: lines, JSON, a picture. 1 if one of several fails.
+
+    JSON: a list of {"video", "measure", "windows": [{"start", "end", "classes": {name: value}}]}, highest first, with
+    "error" where a video cannot be read; "end" is null for a whole video; "measure": probability or cosine similarity.
+    """
+    names, paths, records, failed = named_classes(args.classes), [], [], 0
     for path in args.video:
-        clip = data.read_test(path, seen)  # (V,T,3,R,R)
-        with torch.no_grad():
-            logits, _ = model(data.normalise(clip.to(model.clip.logit_scale.device), seen.pixels))
-        p, order = logits.softmax(dim=-1).mean(dim=0).cpu().sort(descending=True)
-        print(path)
-        for value, i in zip(p[:5].tolist(), order[:5].tolist()):
-            print(f"  {value:.3f}  {names[i]}")
-        if isinstance(model, ILA):
-            print(f"  {frame_distance(model, clip[0], seen.pixels):.3f}  earth mover's distance between adjacent frames")
-        if args.picture:
-            draw_seen(model, clip[0], args.picture, [names[i] for i in order[:5]], p[:5].tolist(), seen.pixels)
-    return 0
+        found = list(map(str, data.videos_below(path))) if os.path.isdir(path) else [path] * os.path.exists(path)
+        if not found:
+            raise ValueError(f"{path}: no such video, or a folder without any")
+        paths += found
+    if args.picture and len(paths) > 1:
+        raise ValueError(f"--picture draws one video; --video names {len(paths)}")
+    model, recipe = chosen_model(args, "ViT-B/16")
+    model.set_classes(names)
+    seen = views(recipe, model, **{"clips": 1, "crops": 1} if args.every else {})
+    for path in tqdm(paths, desc="videos", leave=False, disable=len(paths) < 3):
+        record = {"video": path, "measure": "probability" if len(names) > 1 else "cosine similarity", "windows": []}
+        try:
+            record["windows"] = look_at(model, path, names, seen, args, sys.stderr if args.json == "-" else sys.stdout)
+        except data.VideoError as error:
+            if len(paths) == 1:
+                raise
+            record["error"], failed = str(error), 1
+            tqdm.write(f"unreadable: {error}", file=sys.stderr)
+        records.append(record)
+    if args.json:
+        write_json(args.json, records)
+    return failed
 
 
 def check(args):
@@ -586,20 +871,41 @@ def check(args):
     return 1 if bad else 0
 
 
+def duration(words):
+    """The seconds in a time such as 2s, 500ms, 1.5min or 2; for argparse."""
+    match = re.fullmatch(r"(\d*\.?\d+)(ms|s|min|)", words)
+    value = float(match[1]) * {"ms": 0.001, "s": 1, "min": 60, "": 1}[match[2]] if match else 0
+    if value < 0.001:
+        raise argparse.ArgumentTypeError(f"{words!r} is not a time such as 2s, 500ms or 1.5min")
+    return value
+
+
 def parse_args(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--zeroshot", choices=data.DATASETS, metavar="DATASET", help=f"one of {', '.join(data.DATASETS)}")
-    task.add_argument("--video", nargs="+", metavar="FILE", help="videos to look at; needs --classes")
+    task.add_argument("--video", nargs="+", metavar="PATH", help="videos and folders of videos to look at")
     task.add_argument("--check", metavar="DIR", help="read every video below DIR and name those that fail")
     task.add_argument("--benchmark", action="store_true", help="speed, cost and memory of the methods, side by side")
     parser.add_argument("--data", help="folder of the data; default data/DATASET")
+    parser.add_argument("--labels", help="file of other class names for the same ids, CSV id,name or JSON; or llm: the "
+                        "published LLM-rephrased names in the data folder")
+    parser.add_argument("--upstream-labels", action="store_true", help="HMDB-51: the published names, of which four are "
+                        "swapped, for comparison with published numbers")
+    parser.add_argument("--temporal", metavar="FILE", help="classes, one per line: their own top-1, and")
+    parser.add_argument("--static", metavar="FILE", help="with classes that need no time, the temporal score")
     parser.add_argument("--checkpoint", help="a best.pt of train.py, or a released file; default: vanilla CLIP")
     parser.add_argument("--clip", help="OpenAI name or file; default ViT-B/16")
     parser.add_argument("--merges", help="file of CLIP's BPE merges; default: the cache folder, downloaded once")
     parser.add_argument("--ensemble", type=float, metavar="W", help="(1 - W) x CLIP's weights + W x the checkpoint's")
-    parser.add_argument("--classes", help="class names with commas between them, or a file with one per line")
-    parser.add_argument("--picture", metavar="PNG", help="draw what the model saw in the video")
+    parser.add_argument("--classes", help="what --video may show: names or sentences with commas between them, or a file, "
+                        "one per line, CSV id,name or JSON; one alone gets its cosine similarity, not a probability")
+    parser.add_argument("--every", type=duration, metavar="TIME", help="for --video: windows of this length, one after "
+                        "the other without overlap, instead of the whole: 2s, 500ms, 1.5min; a bare number is in seconds")
+    parser.add_argument("--json", metavar="FILE", help='also write what is found, - to standard output; for --video '
+                        '[{"video", "measure", "windows": [{"start", "end", "classes": {name: value}}]}], in seconds')
+    parser.add_argument("--picture", metavar="PNG", help="what the model saw in a video; with --every what happens when; "
+                        "with --zeroshot which classes are taken for which")
     parser.add_argument("--frames", type=int, default=16, help="frames per video in the benchmark; default %(default)s")
     parser.add_argument("--batch", type=int, help="videos per pass; default 8, in the benchmark 2")
     parser.add_argument("--num-classes", type=int, default=400, help="classes in the benchmark; default %(default)s")
@@ -611,6 +917,8 @@ def parse_args(arguments=None):
     for name in ("frames", "batch", "num_classes", "repeats"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not all(os.path.isdir(os.path.dirname(path or "") or ".") for path in (args.picture, args.json)):
+        parser.error(f"--picture {args.picture}, --json {args.json}: there is no such folder to write to")
     if args.video and not args.classes:
         parser.error("--video needs --classes, such as --classes \"juggling, running\"")
     return args

@@ -143,10 +143,12 @@ class PointNet(nn.Module):
 
 def run_block(block, x, extra=None):
     """CLIP's block in each frame of x (B,T,N,D); `extra` (B,T,m,D) joins keys and values and is gone before the MLP."""
-    y = block.ln_1(x)
-    y_kv = y if extra is None else torch.cat([y, block.ln_1(extra)], dim=2)  # (B,T,N+m,D)
-    x = x + block.attn(y.flatten(0, 1), y_kv.flatten(0, 1)).view_as(x)  # fused attention wants one batch axis
-    return x + block.mlp(block.ln_2(x))
+    def work(x, extra):
+        y = block.ln_1(x)
+        y_kv = y if extra is None else torch.cat([y, block.ln_1(extra)], dim=2)  # (B,T,N+m,D)
+        x = x + block.attn(y.flatten(0, 1), y_kv.flatten(0, 1)).view_as(x)  # fused attention wants one batch axis
+        return x + block.mlp(block.ln_2(x))
+    return block.run(work, x, extra)  # g stays outside: computed twice, its batch norm would count every batch twice
 
 
 USES = {  # of the aligned features a_t = m . F_t: (block, x, own mask (B,T,P,1), MI token (B,T,1,D)) -> x'
@@ -414,13 +416,21 @@ class ILA(nn.Module):
         pair, side = frame_pairs(self.config.frames, self.config.align)[1].T
         return [points[:, pair, side] for points in self.encode(video)[2]]
 
-    def forward(self, video):
-        """Normalised video (B,T,3,R,R) -> logits (B,C), and the weighted alignment loss, a scalar."""
-        x, loss, _ = self.encode(video)
+    def integrate(self, x):
+        """Last block's rows (B,T,N,D) -> the video's feature (B,E), not normalised."""
         feature = frames = self.clip.visual.ln_post(x[:, :, 0]) @ self.clip.visual.proj  # (B,T,E)
         if self.integration is not None:  # mean over t of Block(f + position) + f [paper]
             feature = self.integration(frames + self.frame_positions) + frames
-        feature = feature.mean(dim=1)  # (B,E)
+        return feature.mean(dim=1)
+
+    def encode_video(self, video):
+        """Normalised video (B,T,3,R,R) -> its feature (B,E), not normalised."""
+        return self.integrate(self.encode(video)[0])
+
+    def forward(self, video):
+        """Normalised video (B,T,3,R,R) -> logits (B,C), and the weighted alignment loss, a scalar."""
+        x, loss, _ = self.encode(video)
+        feature = self.integrate(x)
         if self.head is not None:
             return self.head(F.normalize(feature, dim=-1)), loss
         text = self.class_text()  # (C,E)

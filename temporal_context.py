@@ -134,7 +134,7 @@ class ContextTower(nn.Module):
         contexts, summaries = {}, {}
         for i, block in enumerate(visual.transformer.resblocks):
             last = i == len(visual.transformer.resblocks) - 1
-            tokens, context, summary = self.block(block, i, last, tokens, context)
+            tokens, context, summary = block.run(self.block, block, i, last, tokens, context)
             if summary is not None:
                 contexts[i], summaries[i] = context, summary
         contexts = {i: visual.ln_post(context) @ visual.proj for i, context in contexts.items()}  # (B,k,E)

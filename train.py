@@ -13,11 +13,14 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import typing
 from dataclasses import dataclass
@@ -33,7 +36,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation  # `eval` is a builtin
-from clip_vit import load_clip, read_checkpoint
+from clip_vit import Block, load_clip, read_checkpoint
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
@@ -51,7 +54,10 @@ class Recipe:
     shots: int = 16  # training videos per class
     train_list: str = ""  # published lists and labels, where they are not in the data folder
     test_list: str = ""  # the same, to test on
-    labels: str = ""  # CSV id,name or JSON
+    labels: str = ""  # other class names for the same ids: CSV id,name or JSON; llm: the published LLM-rephrased ones
+    upstream_labels: bool = False  # HMDB-51: the published names, of which four are swapped
+    checkpoint: str = ""  # weights of this method to start from instead of CLIP's: the papers' (P) rows
+    probe: bool = False  # train a linear classifier alone, over the frozen checkpoint (ILA, Table 12)
     # a video as input
     frames: int = 16  # T
     sampling: str = "tsn"  # tsn, uniform
@@ -91,6 +97,8 @@ class Recipe:
     sync_bn: bool = False  # batch norm over all processes (ILA)
     workers: int = 8  # loader processes per training process
     keep_decoded: bool = False  # keep decoded clips in memory: for worlds whose clips are as short as T
+    compile: bool = False  # torch.compile the training step: needs a C compiler, minutes at the start
+    checkpointing: bool = False  # compute blocks' inner values anew in the backward pass: less memory, a third more time
     model: dict = dataclasses.field(default_factory=dict)  # overrides of the model's own configuration
 
     def __post_init__(self):
@@ -98,9 +106,12 @@ class Recipe:
                             ("schedule", ("released", "continuous")), ("precision", ("fp32", "bf16", "fp16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)} is unknown; use one of {', '.join(map(str, known))}")
-        for name in ("shots", "frames", "clips", "epochs", "batch", "micro_batch", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, (kind, _) in knobs(Recipe).items():
+            least = name in ("shots", "frames", "clips", "epochs", "batch", "micro_batch", "eval_every", "save_every")
+            if kind in (int, float) and not getattr(self, name) >= least:  # nor is nan
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least:d}")
+        if self.probe and not self.checkpoint:
+            raise ValueError("probe=true needs the model to be probed: --checkpoint FILE")
         if self.batch % 2 or self.micro_batch % 2:
             raise ValueError(f"batch={self.batch} and micro_batch={self.micro_batch} must be even, as videos are mixed in "
                              "pairs")
@@ -117,6 +128,8 @@ TC_RECIPES = {  # TC-CLIP, released configurations; ViFi-CLIP is trained alike
     "supervised": dict(epochs=30, warmup_epochs=5.0, lr=2.2e-5, lr_min=2.2e-7, batch=512, clips=4, crops=3),
 }
 PROTOCOLS = tuple(TC_RECIPES)
+SWEPT = ("shots", "seed")  # several values of these, as in shots=2,4,8,16, are so many runs
+TRANSFER = ("hmdb51", "ucf101", "k600")  # where a model trained on Kinetics is tested zero-shot
 # [paper, ILA Table 14]; TC-CLIP's numbers where ILA gives none
 ILA_RECIPE = dict(frames=8, weight_decay=0.003, position_lr=10.0, position_decay=0.003)
 ILA_SUPERVISED = {  # 50 000 and 30 000 steps of 256 videos; on SSv2 a linear head over a frozen CLIP, one-hot targets
@@ -134,6 +147,7 @@ MINIATURE_MODEL = {"vifi": dict(prompt="a pic"),
                    "tc": dict(prompt="a pic", positions="joint", context_tokens=16),
                    "ila": dict(align_weight=0.01)}
 MINIATURE_ILA = dict(lr=3e-4, new_lr=10.0, position_lr=66.0)
+PROBE = dict(lr=1e-3, lr_min=1e-5, new_lr=1.0, smoothing=0.0, mixup=0.0, cutmix=0.0)  # [ours]
 
 
 def parse_value(name, text, kind, default):
@@ -155,8 +169,9 @@ def knobs(config):
             for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING}
 
 
-def resolve_recipe(protocol, method, dataset, clip=None, merges=None, settings=()):
-    """The recipe of a run: the papers' numbers, the miniature's where it is used, then what `key=value` overrides."""
+def resolve_recipe(protocol, method, dataset, settings=(), **given):
+    """The recipe of a run: the papers' numbers, the miniature's where it is used, what flags have `given` (None: nothing),
+    then the overrides `key=value`."""
     values = {"model": {}} | TC_RECIPES[protocol]
     if method == "ila":
         values |= ILA_RECIPE
@@ -166,7 +181,11 @@ def resolve_recipe(protocol, method, dataset, clip=None, merges=None, settings=(
         values |= MINIATURE | (MINIATURE_ILA if method == "ila" else {}) | {"model": MINIATURE_MODEL[method]}
     if dataset == "ssv2":
         values |= {"flip": 0.0}  # left and right are part of its classes
-    values |= {key: value for key, value in (("clip", clip), ("merges", merges)) if value}
+    if "probe=true" in settings:
+        values |= PROBE | {"model": {name: value for name, value in values["model"].items() if name != "num_classes"}}
+    if method == "tc" and any(setting.startswith("labels=") for setting in settings):
+        values["model"] = {"text_length": 77} | values["model"]  # described classes are longer than names
+    values |= {key: value for key, value in given.items() if value}
     run, model = knobs(Recipe), knobs(evaluation.METHODS[method][1])
     for setting in settings:
         name, _, text = setting.partition("=")
@@ -243,7 +262,10 @@ def epoch_batches(recipe, count, epoch, rank=0, world=1):
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary file beside `path`, which then takes its place: never half a file."""
+    """Calls write(file) on a temporary file beside `path`, which then takes its place: never half a file.
+
+    Raises OSError that names the file, where the disk is full or the folder not writable.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -251,6 +273,9 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # the latter is torch.save's word for a full disk
+        raise OSError(f"{path} cannot be written ({' '.join(str(error).split()):.160}), what it held before is kept: make "
+                      "room or give the right to write, and the same command goes on") from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -260,6 +285,14 @@ def write_atomically(path, write):
 
 def save(path, content):
     write_atomically(path, lambda file: torch.save(content, file))
+
+
+def read_state(path):
+    """What `save` wrote. Raises ValueError that names the file."""
+    try:
+        return read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: delete {path.parent} to train anew, or choose another --out") from error
 
 
 def save_json(path, content):
@@ -279,9 +312,12 @@ def open_folder(folder, recipe):
     new, path = json.loads(json.dumps(dataclasses.asdict(recipe))), folder / "recipe.json"
     if path.exists():
         old = read_json(path)
-        differ = [f"{key}={old.get(key)}" for key in new if old.get(key) != new[key] and key not in ("workers", "save_every")]
+        differ = [f"{key}={old.get(key)}" for key in new if old.get(key) != new[key]
+                  and key not in ("workers", "save_every", "compile", "checkpointing")]
         if differ:
             raise ValueError(f"{folder} holds another run, with {', '.join(differ)}: choose another --out, or delete it")
+        for left in folder.glob(".*.pt.*"):  # by a write that was killed
+            left.unlink()
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files and no recipe.json: choose another --out, or an empty folder")
     else:
@@ -299,7 +335,7 @@ class Run:
     training: data.TrainVideos
     validation: data.TestVideos
     model: nn.Module
-    wrapped: nn.Module  # the model, under DDP if there are several processes
+    wrapped: nn.Module  # the model as it is trained: under DDP if there are several processes, compiled if asked for
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: dict
@@ -315,9 +351,13 @@ def start(recipe, folder, train_videos, validation_videos, device):
 
     def build():
         clip = load_clip(recipe.clip, recipe.merges or None)
-        model = evaluation.build_model(recipe.method, clip, recipe.frames, recipe.model).to(device)
+        model = evaluation.build_model(recipe.method, clip, recipe.frames, recipe.model)
+        if recipe.checkpoint:
+            evaluation.load_tuned(model, recipe.checkpoint, recipe.clip, recipe.merges or None)
+        if recipe.probe:
+            model = evaluation.LinearProbe(model, len(train_videos.classes))
         model.set_classes(train_videos.classes)
-        return model
+        return model.to(device)
     model = evaluation.first_alone(build)
     if recipe.sync_bn and device.type == "cpu":
         raise ValueError("sync_bn=true needs GPUs")
@@ -325,7 +365,7 @@ def start(recipe, folder, train_videos, validation_videos, device):
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     progress = {"step": 0, "sums": [0.0] * 3, "bad": [], "seconds": 0.0, "history": []}
     if (folder / "last.pt").exists():
-        state = read_checkpoint(folder / "last.pt")
+        state = read_state(folder / "last.pt")
         try:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
@@ -336,7 +376,10 @@ def start(recipe, folder, train_videos, validation_videos, device):
     several = evaluation.rank_and_world()[1] > 1
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        block.checkpointing = recipe.checkpointing
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if several else model
+    wrapped = torch.compile(wrapped) if recipe.compile else wrapped
     training = data.TrainVideos(train_videos, views_of(recipe, model), recipe.seed, recipe.augmentation(),
                                 recipe.keep_decoded)
     validation = data.TestVideos(validation_videos, views_of(recipe, model, clips=1, crops=1), recipe.keep_decoded)
@@ -349,11 +392,25 @@ def views_of(recipe, model, **changes):
 
 def save_run(run):
     """Writes the whole state, from which the run goes on bit by bit, to folder/last.pt."""
-    if evaluation.rank_and_world()[0] == 0:
-        save(run.folder / "last.pt", {
-            "recipe": dataclasses.asdict(run.recipe), "classes": list(run.training.videos.classes),
-            "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
-            "scaler": run.scaler.state_dict(), "progress": run.progress})
+    world = evaluation.rank_and_world()[1]
+    for buffer in run.model.buffers():  # batch norm's running statistics differ between processes: their mean is kept
+        if world > 1 and buffer.is_floating_point():
+            dist.all_reduce(buffer.div_(world))
+    evaluation.on_first(lambda: save(run.folder / "last.pt", {
+        "recipe": dataclasses.asdict(run.recipe), "classes": list(run.training.videos.classes),
+        "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(), "progress": run.progress}))
+
+
+@contextlib.contextmanager
+def sigterm_noted():
+    """Within it SIGTERM, a scheduler's warning, only sets the threading.Event that it yields."""
+    noted = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: noted.set())
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def train_step(run, loader, count, videos, epoch):
@@ -394,95 +451,146 @@ def train_step(run, loader, count, videos, epoch):
 
 
 def train_epoch(run, bar):
-    """The rest of the epoch that the run is in, with checkpoints on the way."""
+    """The rest of the epoch that the run is in, saved on the way and at its end -> whether SIGTERM has stopped it."""
     recipe, progress, (rank, world) = run.recipe, run.progress, evaluation.rank_and_world()
-    epoch, done = divmod(progress["step"], run.per_epoch)
+    epoch = len(progress["history"])
+    done = progress["step"] - epoch * run.per_epoch
     run.wrapped.train()
-    if recipe.method == "ila":
+    if recipe.method == "ila" and not recipe.probe:
         run.model.set_epoch(epoch)
     steps = epoch_batches(recipe, len(run.training), epoch, rank, world)[done:]
     loader = iter(run.training.loader([part for parts in steps for part in parts], recipe.workers))
     sums, errors, began = 0, [], time.time()
-    for i, parts in enumerate(steps):
-        rate = set_rates(run.optimizer, recipe, progress["step"], run.per_epoch)
-        videos = min(recipe.batch, len(run.training) - (done + i) * recipe.batch)
-        step_sums, step_errors = train_step(run, loader, len(parts), videos, epoch)
-        sums, errors = sums + step_sums, errors + step_errors
-        progress["step"] += 1
-        bar.update()
-        if progress["step"] % recipe.save_every == 0 or i == len(steps) - 1:
-            reduced = np.sum(evaluation.gather([sums.tolist()]), axis=0)
-            progress["sums"] = (np.array(progress["sums"]) + reduced).tolist()
-            progress["bad"] = sorted({*progress["bad"], *evaluation.gather(errors)})
-            progress["seconds"] += time.time() - began
-            sums, errors, began = 0, [], time.time()
-            evaluation.refuse_if_bad(progress["bad"], len(run.training))
-            if not math.isfinite(progress["sums"][0]):
-                raise ValueError(f"the loss is not finite at step {progress['step']}: lower lr, or try precision=bf16")
-            if i < len(steps) - 1:
+    with sigterm_noted() as noted:
+        for i, parts in enumerate(steps):
+            set_rates(run.optimizer, recipe, progress["step"], run.per_epoch)
+            videos = min(recipe.batch, len(run.training) - (done + i) * recipe.batch)
+            step_sums, step_errors = train_step(run, loader, len(parts), videos, epoch)
+            sums, errors = sums + step_sums, errors + step_errors
+            progress["step"] += 1
+            bar.update()
+            stop = evaluation.on_any(noted.is_set(), sums.device)  # all processes leave after the same step
+            if stop or progress["step"] % recipe.save_every == 0 or i == len(steps) - 1:
+                add_up(run, sums.tolist(), errors, time.time() - began)
                 save_run(run)
-    return rate
+                sums, errors, began = 0, [], time.time()
+            if stop:
+                return True
+    return False
 
 
-def finish_epoch(run, rate):
-    """Validates, writes the epoch's line to the log, and saves; the best epoch so far also as best.pt."""
-    recipe, progress, rank = run.recipe, run.progress, evaluation.rank_and_world()[0]
-    epoch, (loss, aux, videos) = progress["step"] // run.per_epoch, progress["sums"]
-    line = {"epoch": epoch, "step": progress["step"], "lr": rate, "loss": loss / videos, "aux_loss": aux / videos,
-            "seconds": round(progress["seconds"], 2), "bad": progress["bad"]}
-    validated = epoch % recipe.eval_every == 0 or epoch == recipe.epochs
-    if validated:
-        line["top1"] = test(run, run.validation)["top1"]
+def add_up(run, sums, errors, seconds):
+    """Adds what all processes have seen since the last time to the progress. Raises ValueError where it cannot go on."""
+    progress = run.progress
+    progress["sums"] = np.sum([progress["sums"], *evaluation.gather([sums])], axis=0).tolist()
+    progress["bad"] = sorted({*progress["bad"], *evaluation.gather(errors)})
+    progress["seconds"] += seconds
+    evaluation.refuse_if_bad(progress["bad"], len(run.training))
+    if not math.isfinite(progress["sums"][0]):
+        raise ValueError(f"the loss is not finite at step {progress['step']}: lower lr, or try precision=bf16")
+
+
+def finish_epoch(run):
+    """Validates, and writes the epoch's line to the log; the best epoch so far also to best.pt.
+
+    last.pt holds the epoch's steps already: who is killed here comes back here.
+    """
+    recipe, progress = run.recipe, run.progress
+    epoch, (loss, aux, videos) = len(progress["history"]) + 1, progress["sums"]
+    line = {"epoch": epoch, "step": progress["step"], "lr": set_rates(run.optimizer, recipe, progress["step"] - 1, run.per_epoch),
+            "loss": loss / videos, "aux_loss": aux / videos, "seconds": round(progress["seconds"], 2), "bad": progress["bad"]}
     best = max((old["top1"] for old in progress["history"] if "top1" in old), default=-1)
+    if epoch % recipe.eval_every == 0 or epoch == recipe.epochs:
+        line["top1"] = test(run, run.validation)["top1"]
     progress["history"].append(line)
     progress["sums"], progress["bad"] = [0.0] * 3, []
-    if rank == 0:
-        if validated and (line["top1"] > best or not recipe.keep_best):
+
+    def write():
+        if "top1" in line and (line["top1"] > best or not recipe.keep_best):
             save(run.folder / "best.pt", {"recipe": dataclasses.asdict(recipe), "classes": list(run.training.videos.classes),
                                           "model": run.model.state_dict(), "epoch": epoch})
-        save_run(run)
         lines = "".join(json.dumps(old) + "\n" for old in progress["history"])
         write_atomically(run.folder / "log.jsonl", lambda file: file.write(lines.encode()))
         evaluation.draw_curves(progress["history"], run.folder / "curves.png")
-    evaluation.gather([])  # nobody reads best.pt before it is whole
+    evaluation.on_first(write)  # nobody reads best.pt before it is whole
+    if epoch == recipe.epochs:
+        save_run(run)
 
 
-def test(run, videos):
-    """The scores of the model as it stands on a data.TestVideos; its classes are the training's again afterwards."""
-    for buffer in run.model.buffers():  # batch norm's running statistics differ between processes: their mean is used
-        if run.wrapped is not run.model and buffer.is_floating_point():
-            dist.all_reduce(buffer.div_(dist.get_world_size()))
+def train_epochs(run):
+    """Trains from where the run is to its last epoch; at SIGTERM saves, says so and ends the process."""
+    rank, stopped = evaluation.rank_and_world()[0], False
+    with tqdm(total=run.recipe.epochs * run.per_epoch, initial=run.progress["step"], desc=run.recipe.method, unit="step",
+              disable=rank > 0) as bar:
+        while len(run.progress["history"]) < run.recipe.epochs and not stopped:
+            stopped = train_epoch(run, bar)
+            if not stopped:
+                finish_epoch(run)
+    if stopped and rank == 0:
+        print(f"stopped by SIGTERM after step {run.progress['step']}; the same command goes on", file=sys.stderr)
+    if stopped:  # 143, a shell's 128 + 15, says that the run is not done; but torchrun, which itself tells of the signal,
+        sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 143)  # would start workers anew that end in anything but 0
+
+
+def test(run, videos, picture=None):
+    """The scores of the model as it stands on a data.TestVideos, and a picture of what is taken for what; the model's
+    classes are the training's again afterwards."""
     run.model.set_classes(videos.videos.classes)
     probabilities, bad = evaluation.predict(run.model, videos, run.recipe.micro_batch, run.recipe.workers,
                                             run.recipe.precision)
     run.model.set_classes(run.training.videos.classes)
+    if picture and evaluation.rank_and_world()[0] == 0:
+        evaluation.draw_confusion(probabilities, videos.videos.labels, videos.videos.classes, picture)
     return evaluation.scores(probabilities, bad, videos.videos)
+
+
+def transfer(run, root):
+    """Zero-shot tests of a model trained on Kinetics: {dataset: {"plain" or "ensembled": {test set: scores}}}.
+
+    The data sets lie beside the training's folder; one that is not there is left out, and said so. The ensemble is
+    0.7 of the tuned weights and 0.3 of CLIP's [paper].
+    """
+    recipe, results = run.recipe, {}
+    clip = evaluation.first_alone(lambda: load_clip(recipe.clip, recipe.merges or None))
+    base = evaluation.build_model(recipe.method, clip, recipe.frames, recipe.model).state_dict()
+    tuned = {name: value.clone() for name, value in run.model.state_dict().items()}
+    weights = {"plain": tuned, "ensembled": evaluation.ensemble(base, tuned, 0.7)}
+    for dataset in [name for name in TRANSFER if name != recipe.dataset]:
+        try:
+            tests = data.load_tests(dataset, root.parent / dataset, labels="llm" if recipe.labels else "")
+        except ValueError as error:
+            results[dataset] = {"missing": str(error)}
+            continue
+        results[dataset] = {}
+        for kind, state in weights.items():
+            run.model.load_state_dict(state)
+            results[dataset][kind] = {name: test(run, data.TestVideos(videos, views_of(recipe, run.model)))
+                                      for name, videos in tests.items()}
+    run.model.load_state_dict(tuned)
+    return results
 
 
 def run_recipe(recipe, root, folder, device):
     """Trains by a recipe, tests on every test set, writes results.json and returns what it holds."""
     rank, _ = evaluation.rank_and_world()
-    train_videos, tests = data.load_protocol(recipe.protocol, recipe.dataset, root, recipe.shots, recipe.seed,
-                                             recipe.train_list, recipe.test_list, recipe.labels)
+    train_videos, tests = data.load_protocol(recipe.protocol, recipe.dataset, root, recipe.shots, recipe.seed, recipe.train_list,
+                                             recipe.test_list, recipe.labels, recipe.upstream_labels)
     evaluation.on_first(lambda: open_folder(folder, recipe))
     if (folder / "results.json").exists():
         return read_json(folder / "results.json")
     run = start(recipe, folder, train_videos, next(iter(tests.values())), device)
     if rank == 0:  # only now: what could not even start leaves no trace
         save_json(folder / "recipe.json", dataclasses.asdict(recipe))
-    with tqdm(total=recipe.epochs * run.per_epoch, initial=run.progress["step"], desc=recipe.method, unit="step",
-              disable=rank > 0) as bar:
-        while run.progress["step"] < recipe.epochs * run.per_epoch:
-            finish_epoch(run, train_epoch(run, bar))
-    run.model.load_state_dict(read_checkpoint(folder / "best.pt")["model"])
-    results = {"recipe": dataclasses.asdict(recipe), "train_videos": len(train_videos.paths), "tests": {},
+    train_epochs(run)
+    run.model.load_state_dict(read_state(folder / "best.pt")["model"])
+    results = {"recipe": dataclasses.asdict(recipe), "train_videos": len(train_videos.paths), "tests": {}, "transfer": {},
                "bad": sorted({error for line in run.progress["history"] for error in line["bad"]})}
     for name, videos in tests.items():
-        results["tests"][name] = test(run, data.TestVideos(videos, views_of(recipe, run.model), recipe.keep_decoded))
+        videos = data.TestVideos(videos, views_of(recipe, run.model), recipe.keep_decoded)
+        results["tests"][name] = test(run, videos, None if results["tests"] else folder / "confusion.png")
     results["seconds"] = round(run.progress["history"][-1]["seconds"], 1)
-    if recipe.protocol == "base2novel":
-        base, novel = (results["tests"][name]["top1"] for name in ("base", "novel"))
-        results["harmonic_mean"] = 2 * base * novel / max(base + novel, 1e-9)
+    if recipe.protocol == "zeroshot" and recipe.dataset in data.PAGES:
+        results["transfer"] = transfer(run, root)
     if rank == 0:
         save_json(folder / "results.json", results)
     return results
@@ -580,45 +688,118 @@ def prepare_miniature(root, device):
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
+def figures(result):
+    """A run's results as the papers' tables have them: {row: {column: [top-1 in %, of several splits several]}}."""
+    recipe, tests = result["recipe"], result["tests"]
+    row, scores = recipe["method"], list(tests.values())
+    if recipe["probe"]:
+        row += ", linear probe"
+    if recipe["protocol"] == "base2novel":
+        rows = {row: {name: [100 * tests[name]["top1"]] for name in ("base", "novel")}}
+    elif recipe["protocol"] == "supervised" and len(tests) == 1:
+        rows = {row: {"top-1": [100 * scores[0]["top1"]], "top-5": [100 * scores[0]["top5"]]}}
+    elif recipe["protocol"] == "fewshot" and len(tests) == 1:
+        rows = {row: {f"{recipe['shots']} shots": [100 * scores[0]["top1"]]}}
+    else:
+        rows = {row: {f"{name}{title}": [100 * score[key]] for name, score in tests.items()
+                      for key, title in (("top1", " top-1"), ("pairs", ", inside reversed pairs")) if key in score}}
+    for dataset, kinds in result["transfer"].items():
+        for kind, sets in kinds.items() if "missing" not in kinds else ():
+            name = row if kind == "plain" else f"{row}, ensembled"
+            rows.setdefault(name, {})[dataset] = [100 * score["top1"] for score in sets.values()]
+    rows[row]["training seconds"] = [result["seconds"]]
+    return rows
+
+
 def table(results):
-    """{method: results} as lines of text: one row per method, one column per test set's figure."""
-    columns, rows = ["method"], {method: [method] for method in results}
-    first = next(iter(results.values()))
-    for name, score in first["tests"].items():
-        for key, title in (("top1", f"{name} top-1"), ("pairs", f"{name}, inside reversed pairs")):
-            if key in score:
-                columns.append(title)
-                for method, result in results.items():
-                    rows[method].append(f"{100 * result['tests'][name][key]:.1f}")
-    if "harmonic_mean" in first:
-        columns.append("harmonic mean")
-        for method, result in results.items():
-            rows[method].append(f"{100 * result['harmonic_mean']:.1f}")
-    columns.append("training seconds")
-    for method, result in results.items():
-        rows[method].append(f"{result['seconds']:.0f}")
-    return "\n".join("  ".join(cell.rjust(len(title)) for cell, title in zip(row, columns))
-                     for row in [columns, *rows.values()])
+    """Runs' results as lines of text: a row per method, over seeds and splits mean +- standard deviation, and the paper's."""
+    rows, sweep = {}, len({result["recipe"]["shots"] for result in results}) > 1
+    for result in results:
+        shots = f"{result['recipe']['shots']} shots"
+        for row, cells in figures(result).items():
+            row += f", {shots}" if sweep and shots not in cells else ""
+            for column, values in cells.items():
+                rows.setdefault(row, {}).setdefault(column, []).extend(values)
+    for cells in rows.values():
+        if set(cells) >= {"base", "novel"}:
+            base, novel = np.mean(cells["base"]), np.mean(cells["novel"])
+            cells["harmonic mean"] = [2 * base * novel / max(base + novel, 1e-9)]
+        cells["training seconds"] = cells.pop("training seconds", [])  # the last column
+    for result in results:
+        r = result["recipe"]
+        key = f"{r['protocol']} {r['method']} {r['dataset']} {r['clip']} {r['frames']}" + ", LLM names" * bool(r["labels"])
+        if key in evaluation.PAPERS and not r["checkpoint"]:
+            rows[f"{r['method']} in its paper"] = {column: [value] for column, value in evaluation.PAPERS[key].items()}
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    lines = [["method", *columns]]
+    for row, cells in rows.items():
+        texts = [f"{np.mean(values):.1f}" + f" +- {np.std(values):.1f}" * (len(values) > 1) if values else ""
+                 for values in (cells.get(column, []) for column in columns)]
+        lines.append([row, *texts])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
+
+
+def runs_of(protocol, settings):
+    """{name: settings} of the runs that a command asks for: one, or one per value where `shots=2,4` or `seed=1,2,3`.
+
+    base2novel is the mean of three seeds [paper] unless told otherwise.
+    """
+    swept = {name: text.split(",") for name, _, text in (setting.partition("=") for setting in settings) if name in SWEPT}
+    if protocol == "base2novel" and "seed" not in swept:
+        swept["seed"] = ["1", "2", "3"]
+    others = [setting for setting in settings if setting.partition("=")[0] not in SWEPT]
+    choices = itertools.product(*([f"{name}={value}" for value in values] for name, values in swept.items()))
+    return {"/".join(choice): [*others, *choice] for choice in choices}
+
+
+def recipes_of(args, dataset, root, out):
+    """{run folder: recipe} of all that a command asks for; the folder is `out` itself for a single run with --out."""
+    methods = [args.method or "tc"]
+    given = dict(clip=args.clip, merges=args.merges, checkpoint=args.checkpoint, upstream_labels=args.upstream_labels)
+    if dataset == "shapes":
+        methods = [args.method] if args.method else ["vifi", "tc"]
+        given["clip"] = args.clip or str(root / "clip.pt")
+    recipes = {out / method / name: resolve_recipe(args.protocol, method, dataset, settings, **given)
+               for method in methods for name, settings in runs_of(args.protocol, args.set).items()}
+    if args.out and len(recipes) == 1:
+        return {out: recipe for recipe in recipes.values()}
+    if (out / "recipe.json").exists():
+        raise ValueError(f"{out} is the folder of a single run: choose another --out")
+    return recipes
+
+
+def draw_miniature(root, results, path):
+    """The time-reversal figure: a clip and its reversal, as the first run of each method sees them."""
+    models, names = {}, ("red to blue", "blue to red")
+    for folder, result in results.items():
+        title = {"vifi": "frame pooling", "tc": "TC-CLIP", "ila": "ILA"}[result["recipe"]["method"]]
+        if title not in models:
+            models[title], recipe = evaluation.load_model(folder / "best.pt")
+            clip = data.read_test(root / "base" / names[0] / "000.mp4", evaluation.views(recipe, models[title]))[0]
+    evaluation.draw_reversal(models, clip, names, path)
 
 
 def main(args):
     device, (rank, _) = evaluation.start_processes(), evaluation.rank_and_world()
     dataset = args.dataset or "shapes"
     root = Path(args.data or f"data/{dataset}")
-    methods = [args.method] if args.method else ["vifi", "tc"] if dataset == "shapes" else ["tc"]
     out = Path(args.out or f"runs/{dataset}-{args.protocol}")
-    results = {}
+    recipes = recipes_of(args, dataset, root, out)
     if dataset == "shapes" and device.type == "cpu":
         torch.set_num_threads(1)  # 32-pixel tensors gain nothing from more, and lose much where other programs run
     if dataset == "shapes":
         evaluation.first_alone(lambda: prepare_miniature(root, device))
-    for method in methods:
-        clip = args.clip or (str(root / "clip.pt") if dataset == "shapes" else None)
-        recipe = resolve_recipe(args.protocol, method, dataset, clip, args.merges, args.set)
-        folder = out if args.out and len(methods) == 1 else out / method
-        results[method] = run_recipe(recipe, root, folder, device)
+    results = {folder: run_recipe(recipe, root, folder, device) for folder, recipe in recipes.items()}
+    if rank == 0 and dataset == "shapes":
+        draw_miniature(root, results, out / "reversal.png")
     if rank == 0:
-        print(table(results))
+        print(table(list(results.values())))
+        for line in sorted({f"not tested on {name}: {kinds['missing']}" for result in results.values()
+                            for name, kinds in result["transfer"].items() if "missing" in kinds}):
+            print(line)
+        if len(results) > 1:
+            save_json(out / "results.json", {str(folder.relative_to(out)): result for folder, result in results.items()})
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
@@ -641,8 +822,11 @@ def parse_args(arguments=None):
     parser.add_argument("--data", help="folder of the data; default data/<dataset>")
     parser.add_argument("--clip", help="OpenAI name or file of the CLIP to start from; default ViT-B/16")
     parser.add_argument("--merges", help="file of CLIP's BPE merges; default: the cache folder, downloaded once")
+    parser.add_argument("--checkpoint", help="weights of the same method to start from: the papers' (P) rows")
+    parser.add_argument("--upstream-labels", action="store_true", help="HMDB-51: the published names, of which four are "
+                        "swapped, for comparison with published numbers")
     parser.add_argument("--out", help="run folder; default runs/<dataset>-<protocol>/<method>. The same command resumes")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the recipe and the model")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of the recipe and the model")
     return parser.parse_args(arguments)
 
 

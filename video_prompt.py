@@ -121,6 +121,10 @@ class TCCLIP(nn.Module):
         self.tokens = tokens[:, :int(self.end.max()) + 1]  # (C,L)
         self.text_cache.drop()
 
+    def encode_video(self, video):
+        """Normalised video (B,T,3,R,R) -> its feature (B,E), the mean of its frames'; not normalised."""
+        return self.vision(self.clip.visual, video)[0].mean(dim=1)
+
     def forward(self, video):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
         assert self.tokens is not None, "no classes yet: call set_classes(names) first"
@@ -139,7 +143,8 @@ class TCCLIP(nn.Module):
         """Text features prompted by each video's context {block: (B,k,E)} -> (B,C,E); (C,E) without prompting."""
         last = len(self.clip.transformer.resblocks) - 1
         if set(self.levels) == {last}:
-            return self.finish(self.last_block(*self.text_cache(self.class_side), contexts[self.levels[last]]))
+            inputs = *self.text_cache(self.class_side), contexts[self.levels[last]]
+            return self.finish(self.clip.transformer.resblocks[last].run(self.last_block, *inputs))
         x = self.text_cache(self.shared_blocks)  # (C,L,W) at the entrance of the first prompted block
         if self.levels:
             x = self.prompted_blocks(x, contexts)  # (B,C,L,W)

@@ -1,4 +1,4 @@
-"""ILA against naive loops, the cost table, and what it promises. (test_ila_released.py has the released figures.)"""
+"""ILA against naive loops, and what it promises. (test_ila_released.py has the released figures.)"""
 
 from functools import lru_cache
 from itertools import permutations
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from helpers import tiny_clip
 
-from eval import ILA_COSTS, ila_cost
 from ila import (ILA, RIVALS, ILAConfig, Rival, WindowAttention, assignment, earth_movers_distance, frame_pairs,
                  initialised, interactive_mask)
 
@@ -395,11 +394,3 @@ def test_points_for_pictures():
         points = model.encode(video)[2][0]
     assert torch.equal(found[0][:, :3], points[:, :, 0]) and torch.equal(found[0][:, 3], points[:, -1, 1])
     assert toy(rival="none").interactive_points(video) == []
-
-
-# ---- cost ------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("key", [key for key in ILA_COSTS if key != ("ViT-L/14@336px", 16, 174)], ids=str)
-def test_cost_is_the_papers(key):
-    """Within 3 % of every row but one, which no module of constant cost per position reaches: its 3x3 convolutions on 24 x 24 patches."""
-    assert abs(ila_cost(*key) / ILA_COSTS[key] - 1) < 0.03

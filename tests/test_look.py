@@ -1,0 +1,259 @@
+"""Own videos: windows over time, the command line of `eval.py --video`, its JSON, bad files among good ones."""
+
+import dataclasses
+import json
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from helpers import MERGES, SHARED, shared_weights
+from test_eval import evaluate
+from test_video import VIDEOS, write_video
+
+import data
+import eval as evaluation
+import train
+from clip_vit import CLIP, FramePool, load_clip
+from video_prompt import TCCLIP
+
+NAMES = "red to blue, blue to red, a dog"
+
+
+@pytest.fixture(scope="module")
+def tuned(world, tmp_path_factory):
+    """A checkpoint of TC-CLIP as train.py writes it, of random weights."""
+    recipe = train.resolve_recipe("fewshot", "tc", "shapes")
+    model = evaluation.build_model("tc", load_clip(world / "clip.pt"), recipe.frames, recipe.model)
+    path = tmp_path_factory.mktemp("tuned") / "best.pt"
+    torch.save({"recipe": dataclasses.asdict(recipe), "classes": ["a"], "model": model.state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """2.5 seconds, 20 frames: "red to blue", then "green to red", then half a "blue to green"."""
+    path, rng = tmp_path_factory.mktemp("long") / "long.mp4", np.random.default_rng(0)
+    clips = [data.render_clip(rng, name) for name in ("red to blue", "green to red", "blue to green")]
+    data.write_clip(path, np.concatenate(clips)[:20])
+    return path
+
+
+# ---- windows ---------------------------------------------------------------------------------------------------------
+
+def test_windows_hold_the_middle_frames_of_their_time(long):
+    everything = data.read_frames(long, np.arange, 32)
+    for seconds, spans in ((1, [(0, 8), (8, 16), (16, 20)]), (0.3, [(0, 3), (3, 5), (5, 8), (8, 10), (10, 12), (12, 15),
+                                                                   (15, 17), (17, 20)]), (60, [(0, 20)])):
+        windows = list(data.read_windows(long, seconds, 4, 32, 32))
+        assert len(windows) == len(spans)
+        for number, ((start, end, clip), (first, last)) in enumerate(zip(windows, spans)):
+            assert start == pytest.approx(number * seconds) and end == pytest.approx(min(start + seconds, 2.5))
+            assert torch.equal(clip, everything[first + data.frame_indices(last - first, 4)])
+
+
+def write_stamped(path, stamps, rate=25):
+    """A video whose frame i is shown from stamps[i] milliseconds on; the frames grow brighter."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("h264", rate=rate, options={"g": "1", "preset": "ultrafast", "tune": "zerolatency"})
+        stream.width = stream.height = 32
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 1000)
+        for i, stamp in enumerate(stamps):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * i, np.uint8))
+            frame.pts, frame.time_base = stamp, Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+def test_time_is_that_of_the_stamps_and_not_the_frame_number(tmp_path):
+    path = write_stamped(tmp_path / "vfr.mkv", [0, 100, 200, 3000, 3100, 3900, 5500])
+    windows = list(data.read_windows(path, 1, 3, 32, 32))
+    assert [start for start, _, _ in windows] == [0, 3, 5]  # nothing begins in the others
+    grey = [clip.float().mean((1, 2, 3)).round().int().tolist() for _, _, clip in windows]
+    np.testing.assert_allclose(grey, [[0, 10, 20], [30, 40, 50], [60, 60, 60]], atol=3)
+
+
+def test_without_stamps_frames_are_counted_and_without_a_rate_it_is_an_error(long, tmp_path):
+    def frames(count, rate, time=None):  # as a decoder might give them
+        stream = type("Stream", (), {"average_rate": rate})
+        decoded = [type("Frame", (), {"time": time})] * count
+        codec = type("Codec", (), {"decode": staticmethod(lambda packet: decoded if packet is None else [])})
+        container = type("Container", (), {"demux": staticmethod(lambda stream: [])})
+        return [time for time, _ in data._timed(container, stream, codec)]
+    assert frames(4, Fraction(10)) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert frames(3, Fraction(2), time=7.0) == [0, 0.5, 1.0, 1.5]  # stamps that stand still
+    with pytest.raises(ValueError, match="stamps"):
+        frames(2, None)
+    with pytest.raises(ValueError, match="no frame"):
+        frames(0, Fraction(10))
+    (tmp_path / "bad.mp4").write_bytes(b"nothing")
+    with pytest.raises(data.VideoError, match="bad.mp4"):
+        next(data.read_windows(tmp_path / "bad.mp4", 1, 4, 32, 32))
+
+
+def test_windows_are_decoded_one_at_a_time(long, monkeypatch):
+    seen, convert = [], data._image
+    monkeypatch.setattr(data, "_image", lambda *arguments: seen.append(0) or convert(*arguments))
+    windows = data.read_windows(long, 0.5, 2, 32, 32)
+    next(windows)
+    assert len(seen) == 4
+    next(windows)
+    assert len(seen) == 8
+
+
+def test_a_window_of_many_frames_is_thinned(tmp_path, monkeypatch):
+    seen, convert = [], data._image
+    monkeypatch.setattr(data, "_image", lambda *arguments: seen.append(0) or convert(*arguments))
+    path = write_video(tmp_path / "many.mp4", frames=2100, size=(32, 32), g="50", preset="ultrafast")
+    (_, _, clip), = data.read_windows(path, 1000, 4, 32, 32)
+    assert len(seen) == 1024 + 512 + 13  # all, then every second, then every fourth
+    near = data.frame_indices(2100, 4)[:, None] + np.arange(-4, 5)
+    close = data.read_frames(path, lambda total: near, 32)
+    assert all(any(torch.equal(frame, other) for other in others) for frame, others in zip(clip, close))
+
+
+@pytest.mark.skipif(not VIDEOS.is_dir(), reason="the videos (../shared/videos) are not here")
+@pytest.mark.parametrize("path", sorted(p for p in VIDEOS.glob("*/*.*") if p.suffix != ".csv"), ids=lambda p: p.name)
+def test_real_and_odd_files(path):
+    """One window over everything is the reader's clip, for what the reader reads; what it refuses, windows refuse."""
+    try:
+        expected = data.read_clip(path, 4, 64)
+    except data.VideoError:
+        with pytest.raises(data.VideoError, match=re.escape(str(path))):
+            next(data.read_windows(path, 1e6, 4, 64, 73))
+        return
+    (start, end, clip), = data.read_windows(path, 1e6, 4, 64, 73)
+    assert start == 0 < end < 20
+    if path.name == "gen_reschange.ts":  # each frame is cropped at its own size, the reader's all at the first one's
+        assert clip.shape == expected.shape
+    elif path.name != "gen_trunc50_faststart.mp4":  # its last frame does not decode; the reader stops before and believes it
+        assert torch.equal(clip, expected)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+def test_windows_as_lines_json_and_a_strip(world, long, tuned, tmp_path, capsys):
+    words = "--video", long, "--classes", NAMES, "--checkpoint", tuned, "--every", "1s"
+    assert evaluate(*words, "--json", tmp_path / "a.json", "--picture", tmp_path / "strip.png") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(long) and len(lines) == 4
+    for line, times in zip(lines[1:], ("0:00-0:01", "0:01-0:02", "0:02-0:02.5")):
+        assert re.fullmatch(rf"  {times}(  [01]\.\d\d [a-z ]+){{3}}", line), line
+    (record,), content = json.loads((tmp_path / "a.json").read_text()), (tmp_path / "strip.png").read_bytes()
+    assert (record["video"], record["measure"]) == (str(long), "probability") and content.startswith(b"\x89PNG")
+    assert [(w["start"], w["end"]) for w in record["windows"]] == [(0, 1), (1, 2), (2, 2.5)]
+    model, recipe = evaluation.load_model(tuned)
+    model.set_classes(NAMES.split(", "))
+    for window, first in zip(record["windows"], (0, 8, 16)):  # as if the window were a video
+        clip = data.read_frames(long, lambda total: first + data.frame_indices(min(8, 20 - first), 8), 32)
+        with torch.no_grad():
+            expected = model(data.normalise(clip)[None])[0].softmax(-1)[0].tolist()
+        np.testing.assert_allclose([window["classes"][name] for name in NAMES.split(", ")], expected, atol=2e-6)
+        assert list(window["classes"].values()) == sorted(window["classes"].values(), reverse=True)
+    assert evaluate(*words, "--batch", "1", "--json", "-") == 0  # windows do not see one another
+    captured = capsys.readouterr()
+    (again,) = json.loads(captured.out)
+    for one, other in zip(record["windows"], again["windows"]):
+        assert one["classes"] == pytest.approx(other["classes"], abs=2e-6)
+    assert captured.err.splitlines()[0] == str(long)  # the table is there too
+
+
+def test_a_folder_with_a_broken_video_among_good_ones(world, tmp_path, capsys):
+    below = tmp_path / "videos" / "deeper"
+    below.mkdir(parents=True)
+    for name in ("a.mp4", "c.mp4"):
+        (below / name).write_bytes(Path(data.videos_below(world / "base")[0]).read_bytes())
+    (below / "b.mp4").write_bytes(b"broken")
+    words = "--classes", NAMES, "--clip", world / "clip.pt", "--json", tmp_path / "out.json"
+    for every in ((), ("--every", "0.5")):
+        assert evaluate("--video", tmp_path / "videos", *words, *every) == 1
+        out, err = capsys.readouterr()
+        assert f"unreadable: {below / 'b.mp4'}: " in err
+        named = [line for line in out.splitlines() if not line.startswith(" ")]
+        assert named == [str(below / "a.mp4"), str(below / "c.mp4")]
+        a, b, c = json.loads((tmp_path / "out.json").read_text())
+        assert a["windows"] == c["windows"] and len(a["windows"]) == (2 if every else 1)
+        assert b["windows"] == [] and "b.mp4" in b["error"] and "error" not in a
+        assert a["windows"][-1]["end"] == (1 if every else None)
+    assert evaluate("--video", below / "b.mp4", *words) == 2  # alone, it is the whole task
+    assert "b.mp4" in capsys.readouterr().err
+
+
+def test_one_class_alone_has_a_similarity(world, capsys):
+    video = data.videos_below(world / "base")[0]
+    model = FramePool(load_clip(world / "clip.pt")).eval()
+    model.set_classes(["red to blue"])
+    with torch.no_grad():
+        clips = data.normalise(data.read_views(video, 16, 32, 2, short_side=37), "clip")
+        expected = (model(clips)[0] / model.clip.logit_scale.exp()).mean().item()
+    assert evaluate("--video", video, "--classes", "red to blue", "--clip", world / "clip.pt", "--json", "-") == 0
+    out, err = capsys.readouterr()
+    (record,) = json.loads(out)
+    assert record["measure"] == "cosine similarity"
+    assert record["windows"][0]["classes"]["red to blue"] == pytest.approx(expected, abs=2e-6)
+    assert f"{expected:.3f}  red to blue (cosine similarity)" in err
+
+
+@pytest.mark.parametrize("which, owner, name", [("clip", CLIP, "encode_text"), ("tuned", TCCLIP, "class_side")])
+def test_hundreds_of_classes_cost_one_text_pass(world, long, tuned, tmp_path, monkeypatch, capsys, which, owner, name):
+    calls, original = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: calls.append(0) or original(*arguments))
+    (tmp_path / "classes.csv").write_text("id,name\n" + "".join(f"{i},class {i}\n" for i in range(300)))
+    model = ("--clip", world / "clip.pt") if which == "clip" else ("--checkpoint", tuned)
+    assert evaluate("--video", long, "--every", "250ms", "--batch", "2", "--classes", tmp_path / "classes.csv", *model) == 0
+    assert len(calls) == 1 and len(capsys.readouterr().out.splitlines()) == 11
+
+
+def test_classes_from_words_and_files(tmp_path):
+    (tmp_path / "names.txt").write_text("a dog\n\nriding, fast\na dog\n")
+    (tmp_path / "names.json").write_text('{"1": "b", "0": "a: as it is described, at length"}')
+    assert evaluation.named_classes(str(tmp_path / "names.txt")) == ["a dog", "riding, fast"]
+    assert evaluation.named_classes(str(tmp_path / "names.json")) == ["a: as it is described, at length", "b"]
+    assert evaluation.named_classes("a man runs across a field") == ["a man runs across a field"]
+    assert len(evaluation.named_classes(",".join(map(str, range(400))))) == 400  # too long for a file's name
+    for words in (" , ", ""):
+        with pytest.raises(ValueError, match="--classes"):
+            evaluation.named_classes(words)
+    with pytest.raises(OSError, match="absent.txt"):
+        evaluation.named_classes(str(tmp_path / "absent.txt"))
+
+
+@pytest.mark.parametrize("words, value", [("2s", 2), ("2", 2), ("500ms", 0.5), (".5", 0.5), ("1.5min", 90)])
+def test_times(words, value):
+    assert evaluation.parse_args(["--video", "a", "--classes", "b", "--every", words]).every == pytest.approx(value)
+
+
+@pytest.mark.parametrize("words, said", [
+    (("--every", "0"), "'0' is not a time"), (("--every=-2s",), "'-2s' is not a time"), (("--every", "2h"), "2s, 500ms"),
+    (("--picture", "nowhere/a.png"), "nowhere/a.png"), (("--json", "nowhere/a.json"), "nowhere/a.json")])
+def test_wrong_flags(words, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.parse_args(["--video", "a.mp4", "--classes", "b", *words])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_what_is_not_there_is_said_before_anything_is_loaded(world, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    good = data.videos_below(world / "base")[0]
+    for path in (tmp_path / "empty", tmp_path / "absent.mp4"):
+        assert evaluate("--video", good, path, "--classes", "a,b", "--clip", tmp_path / "no_such_clip.pt") == 2
+        assert str(path) in capsys.readouterr().err.splitlines()[-1]
+    assert evaluate("--video", world / "base", "--classes", "a,b", "--picture", tmp_path / "p.png") == 2
+    assert "--picture" in capsys.readouterr().err
+
+
+def test_windows_with_a_released_checkpoint(tmp_path, capsys):
+    from test_tc import released_state
+    state, openai = released_state(shared_weights(), "tiny", 1)
+    state["prompt_learner.ctx"] = np.zeros((4, 512))
+    torch.save({"model": {key: torch.as_tensor(value).float() for key, value in state.items()}}, tmp_path / "released.pth")
+    torch.save({key: torch.as_tensor(value).float() for key, value in openai.items()}, tmp_path / "clip.pt")
+    video = SHARED / "videos" / "real" / "cleaning_pool_short32.mp4"
+    assert evaluate("--video", video, "--classes", "juggling,running", "--checkpoint", tmp_path / "released.pth", "--clip",
+                    tmp_path / "clip.pt", "--merges", MERGES, "--every", "1s") == 0
+    assert [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()[1:]] == ["0:00-0:01", "0:01-0:01.07"]
