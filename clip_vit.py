@@ -1,7 +1,7 @@
 """CLIP (Radford et al. 2021), the image and text towers that every method here starts from, and frame pooling.
 
-    image -> patches -> pre-norm transformer -> class token -> joint space          x + Attn(LN_1 x), x + MLP(LN_2 x)
-    text  -> tokens  -> the same, causal     -> end token   -> joint space          logits = exp(s) cos(image, text)
+    image -> patches -> pre-norm transformer -> class token -> joint space
+    text  -> tokens  -> the same, causal     -> end token   -> joint space, where cosines are compared
 
 Parameter names are the keys of OpenAI's state_dict, so that weights load strictly and without a rename table; every
 size is read off the tensors. FramePool is ViFi-CLIP (Rasheed et al. 2023): the mean over a video's frames.
@@ -57,10 +57,8 @@ class QuickGELU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, softmax(q k^T / sqrt(d)) v, under the parameter names of nn.MultiheadAttention.
-
-    Its three steps are methods of their own, because the video methods put other keys and values in between.
-    """
+    """Multi-head attention, softmax(q k^T / sqrt(d)) v, under the parameter names of nn.MultiheadAttention; in steps,
+    because the video methods put other keys and values in between."""
 
     def __init__(self, width):
         super().__init__()
@@ -81,11 +79,8 @@ class Attention(nn.Module):
 
     def keys_values(self, x):
         """(..., n, D) -> keys and values, each (..., H, n, d)."""
-        return self.split_kv(self.project_kv(x))
-
-    def split_kv(self, kv):
-        k, v = kv.chunk(2, dim=-1)
-        return self.split(k), self.split(v)  # each (..., H, n, d)
+        k, v = self.project_kv(x).chunk(2, dim=-1)
+        return self.split(k), self.split(v)
 
     def split(self, x):
         return x.unflatten(-1, (self.heads, HEAD_WIDTH)).transpose(-2, -3)  # (..., H, n, d)
@@ -101,7 +96,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + Attn(LN_1 x), then x + MLP(LN_2 x)."""
+    """Pre-norm transformer block: x + Attn(LN_1 x, LN_1 [x; extra]), then x + MLP(LN_2 x)."""
 
     def __init__(self, width):
         super().__init__()
@@ -112,9 +107,9 @@ class Block(nn.Module):
             c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x, causal=False, rows=None):
-        """x (..., n, D) -> (..., n, D). With `rows`, a slice, only those rows are computed (exactly, and cheaper)."""
-        return self.run(self.compute, x, causal, rows)
+    def forward(self, x, causal=False, rows=slice(None), extra=None):
+        """x (..., n, D) -> its `rows`, exactly; no others are computed. `extra` (..., m, D) are keys and values."""
+        return self.run(self.compute, x, causal, rows, extra)
 
     def run(self, work, *inputs):
         """work(*inputs), this block's part of a model. With `checkpointing`, training keeps the inputs alone and computes
@@ -123,10 +118,10 @@ class Block(nn.Module):
             return checkpoint(work, *inputs, use_reentrant=False)
         return work(*inputs)
 
-    def compute(self, x, causal, rows):
+    def compute(self, x, causal, rows, extra):
         y = self.ln_1(x)
-        x_q, x = (y, x) if rows is None else (y[..., rows, :], x[..., rows, :])
-        x = x + self.attn(x_q, y, causal)
+        y_kv = y if extra is None else torch.cat([y, self.ln_1(extra)], dim=-2)  # (..., n+m, D)
+        x = x[..., rows, :] + self.attn(y[..., rows, :], y_kv, causal)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -189,12 +184,9 @@ class CLIP(nn.Module):
         return self.visual(images)
 
     def encode_text(self, tokens):
-        """Token ids (C,L) -> features (C,E), not normalised; read at the end token, which has the largest id.
-
-        The tower is causal, so nothing behind the longest end token can matter: it is cut off [ours, exact].
-        """
+        """Token ids (C,L) -> features (C,E), not normalised; read at the end token, which has the largest id."""
         end = tokens.argmax(dim=-1)  # (C,)
-        tokens = tokens[:, :int(end.max()) + 1]
+        tokens = tokens[:, :int(end.max()) + 1]  # causal: nothing behind the longest end can matter [ours, exact]
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]  # (C,L,D)
         for block in self.transformer.resblocks:
             x = block(x, causal=True)
@@ -205,6 +197,95 @@ class CLIP(nn.Module):
         length = length or len(self.positional_embedding)
         ids = tokenize(texts, length, self.merges, self.token_embedding.num_embeddings)
         return ids.to(self.positional_embedding.device)
+
+
+# ---- what the video models share, and frame pooling ------------------------------------------------------------------
+
+def split_capitals(name):
+    """[released] A space before every capital A-Z, runs of spaces collapsed: "ApplyEyeMakeup" -> "Apply Eye Makeup"."""
+    return re.sub(" +", " ", re.sub("([A-Z])", r" \1", name)).strip()
+
+
+def cosine_logits(video, text, logit_scale):
+    """exp(s) cos(video, text): video (B,E), text (C,E) or (B,C,E) -> logits (B,C)."""
+    video, text = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
+    if text.dim() == 2:
+        return logit_scale.exp() * video @ text.T
+    return logit_scale.exp() * (text @ video.unsqueeze(-1)).squeeze(-1)  # each video has its own text
+
+
+def autocast_state():
+    """Under which autocast things are computed now; what is kept from one must not be used under another."""
+    return torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")
+
+
+class TextCache(nn.Module):
+    """Keeps what the text tower computed for a class set, for as long as no weight can have changed. A module, because
+    then train(), load_state_dict() and moves of device or dtype reach it by themselves."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.value = self.made_under = None
+        for module in (self, clip):
+            module.register_load_state_dict_pre_hook(self.drop)
+
+    def drop(self, *_):
+        self.value = None
+
+    def keep(self, value):
+        self.value, self.made_under = value, autocast_state()
+
+    def train(self, mode=True):
+        self.drop()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self.drop()
+        return super()._apply(fn, recurse)
+
+    @torch.compiler.disable  # what keeps a value between calls, and cuts texts to length, is nothing for a graph
+    def forward(self, compute, changing):
+        """compute() while weights are `changing`, as in training; else what its first call gave, without gradient."""
+        if changing:
+            return compute()
+        if self.value is None or self.made_under != autocast_state():
+            with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, usable under autograd too
+                self.keep(compute())
+        return self.value
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """What frame pooling leaves open."""
+
+    prompt: str = "a photo of a"  # stands before the class name
+
+
+class FramePool(nn.Module):
+    """ViFi-CLIP: frame features are averaged over time, then compared with "a photo of a {name}."; blind to order."""
+
+    def __init__(self, clip, config=PoolConfig()):
+        super().__init__()
+        self.clip, self.config = clip, config
+        self.text_cache = TextCache(clip)
+        self.register_buffer("tokens", None, persistent=False)
+        clip.token_embedding.requires_grad_(False)  # [released] the one CLIP tensor that is not trained
+
+    def set_classes(self, names):
+        """Class names as in the dataset's files; underscores stay [released]."""
+        self.tokens = self.clip.tokenize([f"{self.config.prompt} {split_capitals(name)}." for name in names])  # (C,L)
+        self.text_cache.drop()
+
+    def encode_video(self, video):
+        """Normalised video (B,T,3,R,R) -> its feature (B,E), the mean of its frames'; not normalised."""
+        return self.clip.encode_image(video.flatten(0, 1)).unflatten(0, video.shape[:2]).mean(dim=1)
+
+    def forward(self, video):
+        """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
+        assert self.tokens is not None, "no classes yet: call set_classes(names) first"
+        text = self.text_cache(lambda: self.clip.encode_text(self.tokens), changing=self.training)  # (C,E)
+        logits = cosine_logits(self.encode_video(video), text, self.clip.logit_scale)
+        return logits, logits.new_zeros(())
 
 
 # ---- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -447,6 +528,7 @@ def load_clip(source, merges=None):
     fp16 becomes float32; float32 and float64 stay. `merges`: path of the BPE merges, where they are not in the cache
     folder. Raises ValueError that names the file, the missing and the unknown keys.
     """
+    name = ""
     if isinstance(source, (str, os.PathLike)):
         if str(source) in OPENAI_MODELS:
             sha256, file = OPENAI_MODELS[str(source)]
@@ -454,8 +536,6 @@ def load_clip(source, merges=None):
         elif not Path(source).is_file():
             raise ValueError(f"{source}: neither a file nor one of {', '.join(OPENAI_MODELS)}")
         name, source = f"{source}: ", read_checkpoint(source)
-    else:
-        name = ""
     try:
         state = {key: torch.as_tensor(np.asarray(value) if not torch.is_tensor(value) else value).detach().clone()
                  for key, value in clip_weights(source).items()}
@@ -467,95 +547,3 @@ def load_clip(source, merges=None):
         raise ValueError(name + " ".join(str(error).split())) from error
     clip.merges = merges
     return clip.eval()
-
-
-# ---- what the video models share, and frame pooling ------------------------------------------------------------------
-
-def split_capitals(name):
-    """[released] A space before every capital A-Z, runs of spaces collapsed: "ApplyEyeMakeup" -> "Apply Eye Makeup"."""
-    return re.sub(" +", " ", re.sub("([A-Z])", r" \1", name)).strip()
-
-
-def cosine_logits(video, text, logit_scale):
-    """exp(s) cos(video, text): video (B,E), text (C,E) or (B,C,E) -> logits (B,C)."""
-    video, text = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
-    return logit_scale.exp() * (text @ video.unsqueeze(-1)).squeeze(-1) if text.dim() == 3 else \
-        logit_scale.exp() * video @ text.T
-
-
-def autocast_state():
-    """Under which autocast things are computed now; what is kept from one must not be used under another."""
-    return torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")
-
-
-class TextCache(nn.Module):
-    """Keeps what the text tower computed for a class set, for as long as no weight can have changed.
-
-    A module, because then train(), load_state_dict() and moves of device or dtype reach it by themselves. In training
-    it keeps nothing; in eval mode what it keeps carries no gradient.
-    """
-
-    def __init__(self, clip):
-        super().__init__()
-        self.value = self.made_under = None
-        for module in (self, clip):
-            module.register_load_state_dict_pre_hook(self.drop)
-
-    def drop(self, *_):
-        self.value = None
-
-    def keep(self, value):
-        self.value, self.made_under = value, autocast_state()
-
-    def train(self, mode=True):
-        self.drop()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        self.drop()
-        return super()._apply(fn, recurse)
-
-    @torch.compiler.disable  # what keeps a value between calls, and cuts texts to length, is nothing for a graph
-    def forward(self, compute):
-        """compute() in training; the value kept since its first call otherwise."""
-        if self.training:
-            return compute()
-        if self.value is None or self.made_under != autocast_state():
-            with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, usable under autograd too
-                self.keep(compute())
-        return self.value
-
-
-@dataclass(frozen=True)
-class PoolConfig:
-    """What frame pooling leaves open."""
-
-    prompt: str = "a photo of a"  # stands before the class name
-
-
-class FramePool(nn.Module):
-    """ViFi-CLIP: frame features are averaged over time, then compared with "a photo of a {name}."; blind to order."""
-
-    def __init__(self, clip, config=PoolConfig()):
-        super().__init__()
-        self.clip, self.config = clip, config
-        self.text_cache = TextCache(clip)
-        self.register_buffer("tokens", None, persistent=False)
-        clip.token_embedding.requires_grad_(False)  # [released] the one CLIP tensor that is not trained
-
-    def set_classes(self, names):
-        """Class names as in the dataset's files; underscores stay [released]."""
-        tokens = self.clip.tokenize([f"{self.config.prompt} {split_capitals(name)}." for name in names])
-        self.tokens = tokens  # (C,L)
-        self.text_cache.drop()
-
-    def encode_video(self, video):
-        """Normalised video (B,T,3,R,R) -> its feature (B,E), the mean of its frames'; not normalised."""
-        return self.clip.encode_image(video.flatten(0, 1)).unflatten(0, video.shape[:2]).mean(dim=1)
-
-    def forward(self, video):
-        """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
-        assert self.tokens is not None, "no classes yet: call set_classes(names) first"
-        text = self.text_cache(lambda: self.clip.encode_text(self.tokens))  # (C,E)
-        logits = cosine_logits(self.encode_video(video), text, self.clip.logit_scale)
-        return logits, logits.new_zeros(())

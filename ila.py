@@ -1,10 +1,8 @@
 """ILA, implicit learnable alignment (Tu et al., ICCV 2023): CLIP's image tower, whose adjacent frames are aligned
 before every block.
 
-    F_t, F_{t+1} -> g -> points p1, p2 -> masks m(p1), m(p2)       patches F of two frames, the block's input
-    MI_t = mean over space of m(p1) . F_t                          mutual information: what the frames share, one token
-    x = x + Attn(LN_1 x, LN_1 [x; MI_t]),  x = x + MLP(LN_2 x)     CLIP's block; the token leaves before the MLP
-    aux_loss = weight * sum over blocks of mean(1 - cos(m(p1) . F_t, m(p2) . F_{t+1}))
+    patches F_t, F_{t+1} of two frames -> PointNet -> points p1, p2 -> masks m(p1), m(p2)
+    MI_t, the masked patches' mean (mutual information: what the frames share): one more key and value in CLIP's block
 
 Form "paper" is the above; "released" is what the public code computes instead, so that its checkpoints load and agree;
 "released-ssv2" is its Something-Something branch. `num_classes` asks for SSv2's recipe.
@@ -28,7 +26,7 @@ from clip_vit import HEAD_WIDTH, Attention, Block, QuickGELU, TextCache, cosine_
 
 FLAT, SLOPE, REACH = 0.25, 1.5, 0.75  # [released] a mask's flat half width, its fall beside it; points are tanh * 0.75
 DISTURBANCE, DECAY_EPOCH = 0.2, 29    # [released] the step between the nine points; it halves in each epoch after this
-CHANNELS = 128                        # of g's maps
+CHANNELS = 128                        # of PointNet's maps
 
 
 def interactive_mask(points, grid, delta=None):
@@ -44,7 +42,7 @@ def interactive_mask(points, grid, delta=None):
 
 
 def alignment_loss(first, second):
-    """Mean over pairs of 1 - cos between the aligned features of both frames, (B,T-1,D) each, pooled. [paper]"""
+    """L_align = mean over pairs of 1 - cos(., .) of both frames' pooled aligned features, (B,T-1,D) each. [paper]"""
     return (1 - F.cosine_similarity(first, second, dim=-1)).mean()
 
 
@@ -59,36 +57,7 @@ def frame_pairs(frames, align):
     return torch.tensor(pairs), torch.tensor(own)
 
 
-def assignment(cost):
-    """Cheapest one-to-one matching: array (n,n) -> (n,) column of each row. Kuhn-Munkres with potentials, O(n^3): rows
-    enter one by one, and Dijkstra over reduced costs finds each a way to a free column. Column 0 holds the newcomer."""
-    n = len(cost)
-    u, v = np.zeros((2, n + 1))  # 1-based, as all below; cost - u - v >= 0, and 0 where matched
-    row_of, came_from = np.zeros((2, n + 1), int)  # of a column; row 0: it is free
-    for newcomer in range(1, n + 1):
-        row_of[0], column = newcomer, 0
-        distance, done = np.append(0, np.full(n, np.inf)), np.zeros(n + 1, bool)
-        while row_of[column]:
-            done[column], row = True, row_of[column]
-            reach = np.append(np.inf, distance[column] + cost[row - 1] - u[row] - v[1:])
-            closer = ~done & (reach < distance)
-            distance[closer], came_from[closer] = reach[closer], column
-            column = np.where(done, np.inf, distance).argmin()
-        u[row_of[done]] += distance[column] - distance[done]
-        v[done] -= distance[column] - distance[done]
-        while column:  # every row on the way moves over by one column
-            row_of[column] = row_of[came_from[column]]
-            column = came_from[column]
-    return row_of[1:].argsort()
-
-
-def earth_movers_distance(a, b):
-    """Mean Euclidean way of n equally heavy points a (n,D) to b (n,D), a float. [paper, Table 5; Euclidean: ours]"""
-    cost = torch.cdist(a.detach().double(), b.detach().double()).cpu().numpy()
-    return float(cost[np.arange(len(cost)), assignment(cost)].mean())
-
-
-# ---- g: two frames -> two points -------------------------------------------------------------------------------------
+# ---- two frames -> two points ----------------------------------------------------------------------------------------
 
 def norm_relu(c):
     return nn.Sequential(nn.BatchNorm2d(c), nn.ReLU())
@@ -104,14 +73,14 @@ def initialised(module, std=0.02):
 
 class WindowAttention(nn.Module):
     """Each position attends to its 3x3 window, zeros beyond the border, in place of a convolution. [paper, Table 8]"""
-    def __init__(self, c_in, c_out, groups=1):
+    def __init__(self, c_in, c_out, groups=1):  # groups are a convolution's: of no meaning here
         super().__init__()
         self.attn = initialised(Attention(c_in))
         self.attn.out_proj = nn.Linear(c_in, c_out)
 
     def forward(self, maps):
         n, c, g, _ = maps.shape
-        windows = F.unfold(maps, 3, padding=1).view(n, c, 9, g * g).permute(0, 3, 2, 1)  # (n,P,9,c), its middle at 4
+        windows = F.unfold(maps, 3, padding=1).view(n, c, 9, g * g).permute(0, 3, 2, 1)  # (n,g*g,9,c), its middle at 4
         return self.attn(windows[:, :, 4:5], windows).squeeze(2).mT.unflatten(2, (g, g))  # (n,c_out,g,g)
 
 
@@ -119,8 +88,8 @@ OPERATORS = {"convolution": partial(nn.Conv2d, kernel_size=3, padding=1, bias=Fa
 
 
 class PointNet(nn.Module):
-    """g, which the paper does not give; this one lands on its cost table [ours]. The first layer sees the channels of
-    both frames, [F_t; F_{t+1}], as A F_t + B F_{t+1}; on SSv2 it is 3x3, and two 3x3 layers follow [paper: more]."""
+    """The paper does not give it; this one lands on its cost table [ours]. The first layer sees the channels of both
+    frames, [F_t; F_{t+1}], as A F_t + B F_{t+1}; on SSv2 it is 3x3, and two 3x3 layers follow [paper: more]."""
     def __init__(self, width, operator, ssv2):
         super().__init__()
         local, c, kernel = OPERATORS[operator], CHANNELS, 3 if ssv2 else 1
@@ -133,8 +102,9 @@ class PointNet(nn.Module):
 
     def forward(self, first, second):
         """Patches of each pair's two frames, (B,T-1,P,D) each -> a point (x, y) in both, (B,T-1,2,2)."""
-        F_t, F_next = (y.flatten(0, 1).mT.unflatten(2, (math.isqrt(y.shape[2]), -1)) for y in (first, second))
-        h = self.layers(self.A(F_t) + self.B(F_next)).amax(dim=(2, 3))  # (B*(T-1),D,g,g) -> (B*(T-1),c)
+        grid = math.isqrt(first.shape[2])
+        F_t, F_next = (y.flatten(0, 1).mT.unflatten(2, (grid, grid)) for y in (first, second))  # (B*(T-1),D,g,g)
+        h = self.layers(self.A(F_t) + self.B(F_next)).amax(dim=(2, 3))  # (B*(T-1),c)
         return REACH * self.point(h).tanh().view(*first.shape[:2], 2, 2)
 
 
@@ -142,13 +112,10 @@ class PointNet(nn.Module):
 # None in evaluation) -> x', loss, points
 
 def run_block(block, x, extra=None):
-    """CLIP's block in each frame of x (B,T,N,D); `extra` (B,T,m,D) joins keys and values and is gone before the MLP."""
-    def work(x, extra):
-        y = block.ln_1(x)
-        y_kv = y if extra is None else torch.cat([y, block.ln_1(extra)], dim=2)  # (B,T,N+m,D)
-        x = x + block.attn(y.flatten(0, 1), y_kv.flatten(0, 1)).view_as(x)  # fused attention wants one batch axis
-        return x + block.mlp(block.ln_2(x))
-    return block.run(work, x, extra)  # g stays outside: computed twice, its batch norm would count every batch twice
+    """CLIP's block in each frame of x (B,T,N,D); `extra` (B,T,n,D) joins keys and values and is gone before the MLP."""
+    # PointNet stays outside: under checkpointing it would run twice, and its batch norm count every batch twice
+    extra = None if extra is None else extra.flatten(0, 1)  # fused attention wants one batch axis
+    return block(x.flatten(0, 1), extra=extra).view_as(x)
 
 
 USES = {  # of the aligned features a_t = m . F_t: (block, x, own mask (B,T,P,1), MI token (B,T,1,D)) -> x'
@@ -185,7 +152,7 @@ def over_frames(first, second):
 
 
 class ReleasedAlignment(nn.Module):
-    """u = LN_m(W_m x); aligned a = masks . u; interactive I of g's maps; x + W_a a + W_i I; CLIP's block. [released]"""
+    """u = LN_m(W_m x); aligned a = masks . u; I of the points' maps; x + W_a a + W_i I; CLIP's block. [released]"""
     def __init__(self, width, grid, config):
         super().__init__()
         c, conv, self.grid = CHANNELS, partial(nn.Conv2d, kernel_size=3, padding=1), grid
@@ -220,6 +187,35 @@ class ReleasedAlignment(nn.Module):
 
 
 # ---- rivals in the same tower [paper, Table 4] -----------------------------------------------------------------------
+
+def assignment(cost):
+    """Cheapest one-to-one matching: array (n,n) -> (n,) column of each row. Kuhn-Munkres with potentials, O(n^3): rows
+    enter one by one, and Dijkstra over reduced costs finds each a way to a free column. Column 0 holds the newcomer."""
+    n = len(cost)
+    u, v = np.zeros((2, n + 1))  # 1-based, as all below; cost - u - v >= 0, and 0 where matched
+    row_of, came_from = np.zeros((2, n + 1), int)  # of a column; row 0: it is free
+    for newcomer in range(1, n + 1):
+        row_of[0], column = newcomer, 0
+        distance, done = np.append(0, np.full(n, np.inf)), np.zeros(n + 1, bool)
+        while row_of[column]:
+            done[column], row = True, row_of[column]
+            reach = np.append(np.inf, distance[column] + cost[row - 1] - u[row] - v[1:])
+            closer = ~done & (reach < distance)
+            distance[closer], came_from[closer] = reach[closer], column
+            column = np.where(done, np.inf, distance).argmin()
+        u[row_of[done]] += distance[column] - distance[done]
+        v[done] -= distance[column] - distance[done]
+        while column:  # every row on the way moves over by one column
+            row_of[column] = row_of[came_from[column]]
+            column = came_from[column]
+    return row_of[1:].argsort()
+
+
+def earth_movers_distance(a, b):
+    """Mean distance that n equally heavy points a (n,D) travel to b (n,D), a float. [paper, Table 5; Euclidean: ours]"""
+    cost = torch.cdist(a.detach().double(), b.detach().double()).cpu().numpy()
+    return float(cost[np.arange(len(cost)), assignment(cost)].mean())
+
 
 class TimeAttention(nn.Module):
     """x + Attn(LN(x + position)) along time: each row of (B,T,n,D) with the same row of all frames."""
@@ -279,7 +275,7 @@ class Rival(nn.Module):
 
 
 class PromptLayer(nn.Module):
-    """x + CA(LN x, v), then x + MLP(LN x): text x (B,C,E) looks at the video's v (B,P,E). [paper]"""
+    """x + CA(LN x, v), then x + MLP(LN x): text x (B,C,E) looks at the video's v (B,P,E). [paper; released keys]"""
     def __init__(self, embed):
         super().__init__()
         self.norm1, self.norm3, self.proj = nn.LayerNorm(embed), nn.LayerNorm(embed), nn.Linear(embed, embed)
@@ -314,13 +310,13 @@ class VideoPrompt(nn.Module):
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class ILAConfig:  # tables are the paper's; forms "released" and "released-ssv2" fix align ... rival
+class ILAConfig:  # tables are the paper's; forms "released" and "released-ssv2" fix align to rival
     frames: int = 8                 # T
     form: str = "paper"             # paper, released, released-ssv2
     num_classes: int | None = None  # SSv2's recipe: more convolutions, a linear head of so many classes, CLIP frozen
     align: str = "adjacent"         # adjacent, first, middle: the frame that each is aligned with (Table 6)
     blocks: str = "all"             # all, or a range from 1 such as 4-6: the blocks that align (Table 7)
-    operator: str = "convolution"   # convolution, window: how g looks around (Table 8)
+    operator: str = "convolution"   # convolution, window: how PointNet looks around (Table 8)
     use: str = "mi"                 # mi, add, concat: what becomes of the aligned features (Table 9)
     rival: str = "ila"              # ila, none, average, divided, shift, hungarian, xclip (Table 4)
     video_prompt: bool = True       # video-specific text (Table 11)
@@ -365,16 +361,10 @@ class ILA(nn.Module):
         self.video_prompt = VideoPrompt(width, embed) if config.video_prompt and self.head is None else None
         self.register_buffer("delta", torch.tensor(DISTURBANCE, dtype=clip.visual.proj.dtype))
         self.register_buffer("tokens", None, persistent=False)  # (C,L)
-        self.text_cache = TextCache(clip).eval()
+        self.text_cache = TextCache(clip)
         self.to(clip.visual.proj)  # its device and dtype
         for name, parameter in clip.named_parameters():
             parameter.requires_grad_(self.head is None and (name.startswith("visual.") or name == "logit_scale"))
-
-    def train(self, mode=True):
-        """As always; the text cache drops what it keeps, and stays on (class_text)."""
-        super().train(mode)
-        self.text_cache.eval()
-        return self
 
     def set_epoch(self, epoch):
         """Halves the disturbance of the training points in every epoch from the 30th on (epochs count from 0)."""
@@ -392,21 +382,20 @@ class ILA(nn.Module):
         """Class embeddings (C,E), not normalised; kept in training too, unless the text tower is made to train."""
         if self.tokens is None:
             raise ValueError("no classes yet: call set_classes(names) first")
-        if self.training and any(p.requires_grad for n, p in self.clip.named_parameters()
-                                 if not n.startswith("visual.") and n != "logit_scale"):
-            return self.clip.encode_text(self.tokens)
-        return self.text_cache(lambda: self.clip.encode_text(self.tokens))
+        changing = self.training and any(p.requires_grad for n, p in self.clip.named_parameters()
+                                         if not n.startswith("visual.") and n != "logit_scale")
+        return self.text_cache(lambda: self.clip.encode_text(self.tokens), changing)
 
     def encode(self, video):
         """(B,T,3,R,R) -> last block's rows (B,T,N,D), weighted alignment loss, points (B,T-1,2,2) per aligned block."""
         if video.dim() != 5 or video.shape[1] != self.config.frames:
             raise ValueError(f"video of shape {tuple(video.shape)}; this model takes (B,{self.config.frames},3,R,R)")
-        visual, delta, loss, points = self.clip.visual, self.delta if self.training else None, 0, []
+        visual, loss, points = self.clip.visual, 0, []
         x = visual.ln_pre(visual.tokens(video.flatten(0, 1)) + visual.positional_embedding)  # (B*T,N,D)
         x = x.unflatten(0, video.shape[:2])  # (B,T,N,D)
         for block, aligner in zip(visual.transformer.resblocks, self.aligners):
-            x, block_loss, pair_points = aligner(x, block, delta)
-            loss = loss + self.config.align_weight * block_loss
+            x, block_loss, pair_points = aligner(x, block, self.delta if self.training else None)
+            loss = loss + self.config.align_weight * block_loss  # weight * sum over blocks of L_align [paper]
             points += [] if pair_points is None else [pair_points]
         return x, loss, points
 

@@ -1,17 +1,15 @@
 """TC-CLIP's vision tower: temporal contextualization (Kim et al., ECCV 2024, section 3.2).
 
 Every frame is encoded by CLIP, and every block summarises the whole video in k context tokens, at which all frames of
-the next block may look. One block, with Y = LN_1(tokens) and Z = LN_1(context):
+the next block may look. One block:
 
-    attention:  queries of a frame; keys and values of that frame *and* of the context
-                A = softmax(q [K_frame | K_context]^T / sqrt(d) + bias)                  tokens' = tokens + W_o A V
-    seeds:      the S patches of each frame to which its class token attends most
-    summary:    the seeds of all frames, merged to k tokens                  context' (the old context is dropped here)
-    MLP:        the block's own, on both                                                  x + MLP(LN_2 x)
+    attention   of each frame's tokens to that frame *and* to the context, which is then dropped
+    seeds       the S patches of each frame to which its class token attends most
+    summary     the seeds of all frames, merged to k tokens: the next context
+    MLP         the block's own, on both
 
-`tokens` (B,T,N,D) are what CLIP has; `context` (B,k,D) lives for one block and is made anew. They are never one tensor.
-
-Letters as in clip_vit.py, and: S seeds per frame, k context tokens, m reference tokens (the context, or an ablation's).
+`tokens` (B,T,N,D) are what CLIP has, `context` (B,k,D) lives for one block: never one tensor. Letters as in clip_vit,
+and: S seeds per frame, k context tokens, m reference tokens: what a frame sees beside itself, by default the context.
 """
 
 from typing import NamedTuple
@@ -42,9 +40,8 @@ def reference_kv(kind, kv, context_kv):
     """
     T = kv.shape[1]
     if kind == "neighbour":  # the patches of frames t-1 and t+1, reflected at the ends [ours: the paper does not say]
-        t = torch.arange(T, device=kv.device)
-        before, after = (t - 1).abs().clamp(max=T - 1), (T - 1 - (T - 2 - t).abs()).clamp(min=0)
-        return torch.cat([kv[:, before, 1:], kv[:, after, 1:]], dim=2)  # (B,T,2P,2D)
+        t = [min(1, T - 1), *range(T), max(T - 2, 0)]  # frame 0's neighbours are t[0] and t[2], and so on
+        return torch.cat([kv[:, t[:T], 1:], kv[:, t[2:], 1:]], dim=2)  # (B,T,2P,2D)
     shared = context_kv if kind == "context" else kv[:, :, 0] if kind == "class" else kv[:, :, 1:].flatten(1, 2)
     return shared[:, None].expand(-1, T, -1, -1)  # (B,T,m,2D), m = k, T or T*P
 
@@ -55,13 +52,13 @@ def on_reference(values, columns, m, fill):
 
 
 def biased_attention(q, k, v, bias, m):
-    """softmax(q k^T / sqrt(d) + bias) v, with `bias` (H,) on the last m of the columns. [paper] Attention_TC
+    """A v with A = softmax(q [k_frame | k_reference]^T / sqrt(d) + bias), `bias` (H,) on the m references. [paper]
 
-    q (n,H,rows,d), k and v (n,H,columns,d) -> (n,H,rows,d). The bias is an additive mask, the same for all rows, which
-    the fused kernels take. A mask's gradient they do not give, so the bias gets it otherwise [ours, exact]. To raise
-    the bias by e is to multiply by exp(e) the reference columns' values, and their share w of the denominator:
+    q (n,H,rows,d), k and v (n,H,columns,d) -> (n,H,rows,d). The fused kernels take the bias as a mask, and give a
+    mask no gradient; the bias gets it so [ours, exact]: to raise it by e is to multiply by exp(e) the reference
+    columns' values and their share w of the softmax's denominator,
 
-        Attention(bias + e) = Attention(bias; exp(e) v_reference) / (1 + w (exp(e) - 1)),   w = their probability
+        Attention(bias + e) = Attention(bias; exp(e) v_reference) / (1 + w (exp(e) - 1)).
 
     With e = bias - bias.detach(), which is 0, no value changes, and e carries the whole gradient.
     """
@@ -73,7 +70,7 @@ def biased_attention(q, k, v, bias, m):
         is_reference = F.pad(v.new_ones(m, v.shape[-1]), (0, 0, columns - m, 0))  # (columns,d)
         share = F.scaled_dot_product_attention(q, k, is_reference.expand_as(k), attn_mask=mask)[..., :1]  # (n,H,rows,1)
     growth = (bias - bias.detach()).exp()  # (H,), equal to 1
-    v = v * on_reference(growth, columns, m, 1).transpose(-1, -2)
+    v = v * on_reference(growth, columns, m, 1).transpose(-1, -2)  # (n,H,columns,d) * (H,columns,1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask) / (1 + share * (growth[:, None, None] - 1))
 
 
@@ -110,17 +107,16 @@ class ContextTower(nn.Module):
         blocks, (N, _) = visual.transformer.resblocks, visual.positional_embedding.shape
         self.seeds = int((N - 1) * config.seed_ratio)  # S
         looking = range(1, len(blocks)) if config.reference_blocks is None else config.reference_blocks
-        self.looking = {i % len(blocks) for i in looking} if config.reference != "none" else set()
-        self.summarising = {i % len(blocks) for i in context_blocks}
+        self.looking = {i % len(blocks) for i in looking} if config.reference != "none" else set()  # at references
+        self.summarising = {i % len(blocks) for i in context_blocks}  # these blocks make a context
         if config.reference == "context":
             self.summarising |= {i - 1 for i in self.looking}
         if 0 in self.looking or not 1 <= self.seeds < N:
             raise ValueError(f"reference_blocks cannot hold block 0, before which there is no context; and seed_ratio "
                              f"{config.seed_ratio} must leave 1 to {N - 1} seeds of {N - 1} patches")
-        # b_local and b_global of each head. A softmax sees their difference alone; released checkpoints hold both.
-        self.local_global_bias = nn.ParameterDict()
+        self.local_global_bias = nn.ParameterDict()  # {block: b_local and b_global of each head}
         for i in sorted(self.looking) if config.local_global_bias else ():
-            table = torch.empty_like(blocks[i].attn.in_proj_bias[:2 * blocks[i].attn.heads]).view(-1, 2)
+            table = blocks[i].attn.in_proj_bias.new_empty(blocks[i].attn.heads, 2)
             self.local_global_bias[str(i)] = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))  # (H,2)
         if config.positions == "joint":  # one position per frame and token, begun with T copies of CLIP's [released]
             self.positions = nn.Parameter(visual.positional_embedding.detach().repeat(config.frames, 1, 1))  # (T,N,D)
@@ -129,6 +125,8 @@ class ContextTower(nn.Module):
     def forward(self, visual, video):
         """video (B,T,3,R,R) -> frame features (B,T,E), {block: context (B,k,E)}, {block: Summary}."""
         positions = self.positions if self.config.positions == "joint" else visual.positional_embedding
+        if self.config.positions == "joint" and video.shape[1] != self.config.frames:
+            raise ValueError(f"the video has {video.shape[1]} frames; this model was made for {self.config.frames}")
         tokens = visual.tokens(video.flatten(0, 1)).unflatten(0, video.shape[:2])  # (B,T,N,D)
         tokens, context = visual.ln_pre(tokens + positions), None
         contexts, summaries = {}, {}
@@ -148,16 +146,17 @@ class ContextTower(nn.Module):
         B, T, N, _ = tokens.shape
         attn, y = block.attn, block.ln_1(tokens)
         k, v, bias, m = self.keys_values(block, i, y, context)  # (B*T,H,N+m,d), the bias (H,) of the m
-        seeds = torch.empty(B, T, 0, dtype=torch.int64, device=tokens.device)
+        seeds = torch.empty(B, T, 0, dtype=torch.int64, device=tokens.device)  # none without a summary
         if i in self.summarising:
-            scores = seed_scores(attn.queries(y[:, :, :1]).flatten(0, 1), k, bias, m, N - 1).unflatten(0, (B, T))  # (B,T,P)
+            q_class = attn.queries(y[:, :, :1]).flatten(0, 1)  # (B*T,H,1,d)
+            scores = seed_scores(q_class, k, bias, m, N - 1).unflatten(0, (B, T))  # (B,T,P)
             seeds = scores.argsort(dim=-1, descending=True, stable=True)[..., :self.seeds]  # (B,T,S)
         if last:
             used = F.pad(seeds + 1, (1, 0))  # (B,T,1+S): the class token is row 0, patch p is row p + 1
             tokens, y = take(tokens, used), take(y, used)  # (B,T,1+S,D)
         q = attn.queries(y).flatten(0, 1)  # (B*T,H,N or 1+S,d)
         heads = F.scaled_dot_product_attention(q, k, v) if bias is None else biased_attention(q, k, v, bias, m)
-        tokens = tokens + attn.project_out(heads).unflatten(0, (B, T))
+        tokens = tokens + attn.project_out(heads).unflatten(0, (B, T))  # tokens' = tokens + W_o A V, as many rows
 
         context = summary = None
         if i in self.summarising:
@@ -171,12 +170,14 @@ class ContextTower(nn.Module):
         return tokens + block.mlp(block.ln_2(tokens)), context, summary
 
     def keys_values(self, block, i, y, context):
-        """Keys and values of each frame and of its reference tokens, (B*T,H,N+m,d); the latter's bias (H,); m."""
-        kv = block.attn.project_kv(y)  # (B,T,N,2D)
-        if i not in self.looking:
-            return *block.attn.split_kv(kv.flatten(0, 1)), None, 0
-        context_kv = None if context is None else block.attn.project_kv(block.ln_1(context))  # (B,k,2D)
-        reference = reference_kv(self.config.reference, kv, context_kv)  # (B,T,m,2D)
-        table = self.local_global_bias[str(i)] if self.config.local_global_bias else None  # (H,2)
-        bias = None if table is None else table[:, 1] - table[:, 0]  # b_global - b_local
-        return *block.attn.split_kv(torch.cat([kv, reference], dim=2).flatten(0, 1)), bias, reference.shape[2]
+        """Keys and values of each frame and of its m reference tokens, (B*T,H,N+m,d); their bias, (H,) or None; m."""
+        kv, bias, m = block.attn.project_kv(y), None, 0  # (B,T,N,2D)
+        if i in self.looking:
+            context_kv = None if context is None else block.attn.project_kv(block.ln_1(context))  # (B,k,2D)
+            reference = reference_kv(self.config.reference, kv, context_kv)  # (B,T,m,2D)
+            kv, m = torch.cat([kv, reference], dim=2), reference.shape[2]  # (B,T,N+m,2D)
+            if self.config.local_global_bias:
+                b_local, b_global = self.local_global_bias[str(i)].unbind(dim=1)  # (H,) each
+                bias = b_global - b_local  # all that a softmax sees of the two; released checkpoints hold both
+        k, v = kv.flatten(0, 1).chunk(2, dim=-1)  # (B*T,N+m,D)
+        return block.attn.split(k), block.attn.split(v), bias, m

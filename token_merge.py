@@ -1,7 +1,7 @@
 """Merging many tokens into few: bipartite soft matching (ToMe, Bolya et al. 2023) and the rivals of the TC-CLIP paper.
 
-TC-CLIP collects the seed tokens of all frames and summarises them into k context tokens; this file is that summary.
-Pure functions on tensors: no weights, no Python loop over videos or tokens, no look at a value on the host.
+So TC-CLIP makes k context tokens of the seeds of all frames. Pure functions on tensors: no weights, no Python loop over
+videos or tokens, no look at a value on the host.
 
 Letters: B videos, n tokens at hand, k tokens wanted, r pairs merged in one round, D width.
 """
@@ -15,8 +15,7 @@ def merge_rounds(n, k, step):
     [released] int((n-k)/step) rounds of min(step, n//2), then rounds of min(n-k, n//2): a round can at most halve.
     For example 928 -> 96 by 100: eight rounds of 100 and one of 32.
     """
-    if min(n, k, step) < 1:
-        raise ValueError(f"cannot merge {n} tokens into {k} by steps of {step}: all three must be at least 1")
+    assert min(n, k, step) >= 1
     rounds = []
     for _ in range((n - k) // step):
         rounds.append(min(step, n // 2))
@@ -52,8 +51,7 @@ def add_groups(values, group, k):
     """Sums of the values (B,n,D) that share a group (B,n), groups numbered below k -> (B,k,D)."""
     B, n, D = values.shape
     rows = group + torch.arange(B, device=group.device)[:, None] * k  # (B,n): one row per video and group
-    flat = values.new_zeros(B * k, D).index_add_(0, rows.flatten(), values.flatten(0, 1))  # (B*k, D)
-    return flat.unflatten(0, (B, k))
+    return values.new_zeros(B * k, D).index_add_(0, rows.flatten(), values.flatten(0, 1)).unflatten(0, (B, k))
 
 
 def group_sizes(group, k):
@@ -66,11 +64,11 @@ def group_sizes(group, k):
 def bipartite(tokens, k, step):
     """Repeated bipartite soft matching. It carries sums where ToMe carries weighted means: their cosines are the same."""
     B, n, _ = tokens.shape
-    sums, group = tokens, torch.arange(n, device=tokens.device).expand(B, n)
+    sums, group = tokens, torch.arange(n, device=tokens.device).expand(B, n)  # every token starts as its own group
     for r in merge_rounds(n, k, step):
-        goes = match(sums, r)  # (B,n)
-        group = goes.gather(1, group)
-        sums = add_groups(sums, goes, sums.shape[1] - r)  # (B,n-r,D)
+        goes = match(sums, r)  # (B, tokens left)
+        group = goes.gather(1, group)  # (B,n)
+        sums = add_groups(sums, goes, sums.shape[1] - r)  # (B, tokens left, D)
     return group
 
 
@@ -87,17 +85,12 @@ def squared_distance(a, b):
     return (a.square().sum(-1)[..., None] + b.square().sum(-1)[:, None] - 2 * a @ b.transpose(1, 2)).clamp(min=0)
 
 
-def nearest(tokens, centres):
-    """Index of the nearest centre: tokens (B,n,D), centres (B,k,D) -> (B,n)."""
-    return squared_distance(tokens, centres).argmin(dim=-1)
-
-
 def kmeans(tokens, k, step, iterations=5):
     """Lloyd's k-means, started from k evenly spaced tokens; an emptied group keeps its centre."""
     n = tokens.shape[1]
     centres = tokens[:, torch.arange(k, device=tokens.device) * n // k]  # (B,k,D)
     for _ in range(iterations):
-        group = nearest(tokens, centres)  # (B,n)
+        group = squared_distance(tokens, centres).argmin(dim=-1)  # (B,n)
         sizes = group_sizes(group, k)[..., None]  # (B,k,1)
         centres = torch.where(sizes > 0, add_groups(tokens, group, k) / sizes.clamp(min=1), centres)
     return group
@@ -118,7 +111,7 @@ def dpc_knn(tokens, k, step, neighbours=5):
     denser = rank[:, None] < rank[..., None]  # (B,n,n): column j is denser than row i
     separation = distance.where(denser, distance.amax(dim=(1, 2), keepdim=True)).amin(dim=-1)  # (B,n)
     centres = (density * separation).topk(k).indices  # (B,k)
-    group = nearest(tokens, tokens.gather(1, centres[..., None].expand(-1, -1, D)))  # (B,n)
+    group = squared_distance(tokens, tokens.take_along_dim(centres[..., None], dim=1)).argmin(dim=-1)  # (B,n)
     return group.scatter(1, centres, torch.arange(k, device=tokens.device).expand(B, -1))  # a centre leads its group
 
 
@@ -130,8 +123,7 @@ def merge_to(tokens, k, step=100, method="bipartite", sources=False):
     """Merges tokens (B,n,D) to the means (B,k,D) of k groups, and gives the groups' sizes (B,k).
 
     With n <= k, and with method "none", every token stays itself. `step`: pairs that one bipartite round merges.
-    With `sources` also (B,n) int64, each token's group. Gradients flow through the means, not through the choice of
-    groups. Raises ValueError for k or step below 1 and for an unknown method.
+    With `sources` also (B,n) int64, each token's group. Gradients flow through the means, not the choice of groups.
     """
     B, n, _ = tokens.shape
     if min(k, step) < 1 or method not in MERGES:
@@ -142,7 +134,6 @@ def merge_to(tokens, k, step=100, method="bipartite", sources=False):
     else:
         with torch.no_grad():
             group = MERGES[method](tokens, k, step)
-    sizes = group_sizes(group, k)  # (B,k)
-    merged = add_groups(tokens, group, k) / sizes.clamp(min=1)[..., None].to(tokens.dtype)  # (B,k,D)
-    sizes = sizes.to(tokens.dtype)
+    sizes = group_sizes(group, k).to(tokens.dtype)  # (B,k)
+    merged = add_groups(tokens, group, k) / sizes.clamp(min=1)[..., None]  # (B,k,D)
     return (merged, sizes, group) if sources else (merged, sizes)

@@ -1,17 +1,13 @@
 """TC-CLIP: video-conditional prompting (Kim et al., ECCV 2024, section 3.3) and the whole model.
 
-The prompt is [start, M learnable vectors, class name, ".", end]. Before a text block j the vectors p take up the video:
-
-    p^ = p + MHCA(LN_p p, LN_s c, LN_s c),   p~ = p^ + MLP(LN p^),   c = stop_gradient(context tokens, projected to E)
-    (MHCA: multi-head cross-attention of queries, keys, values)
-
-and the block runs as usual. Run so, the text tower would be computed anew for every video and class. It is causal and
-the vectors stand before the name, so for prompting before the last block (the paper's) exactly this is enough [ours]:
+The prompt is [start, M learnable vectors, class name, ".", end]. Before text block j the vectors take up the video
+(PromptLayer), then the block runs as usual: the whole text tower for every video and class. But it is causal and the
+vectors stand before the name, so for prompting before the last block (the paper's) exactly this is enough [ours]:
 
     everything before block j is the same for all videos      once per class set (in training once per step)
-    the vectors at j's entrance are the same for all classes  prompted once per video, (B,M,E)
+    the vectors at j's entrance are the same for all classes  prompted once per video, (B,M,W)
     in block j only the end tokens' rows are used             one query per class: all that is new is its attention
-                                                              to M vectors, then W_o and the MLP on (B,C,E)
+                                                              to M vectors, then W_o and the MLP on (B,C,W)
 
 Letters as in clip_vit.py and temporal_context.py, and: M prompt vectors, W text width (= E, as the video is prompted in).
 """
@@ -26,7 +22,10 @@ from temporal_context import ContextTower
 
 
 class PromptLayer(nn.Module):
-    """Cross-attention from the prompt vectors to the video, begun with the CLIP weights of text block `block`."""
+    """p^ = p + MHCA(LN_p p, LN_s c, LN_s c),  p~ = p^ + MLP(LN p^): multi-head cross-attention to the video. [paper]
+
+    Begun with the CLIP weights of text block `block`, whose LN_1 gives LN_p (ln_1) and LN_s (ln_1_kv). [released]
+    """
 
     def __init__(self, block):
         super().__init__()
@@ -77,11 +76,7 @@ class TCConfig:
 
 
 class TCCLIP(nn.Module):
-    """TC-CLIP: the vision tower with temporal context, and text prompted by each video's context tokens.
-
-    Everything of CLIP is trained but its token embedding [released]. Raises ValueError where the widths do not allow
-    prompting.
-    """
+    """TC-CLIP: the vision tower with temporal context, and text prompted by each video's context tokens."""
 
     def __init__(self, clip, config=TCConfig()):
         super().__init__()
@@ -109,7 +104,7 @@ class TCCLIP(nn.Module):
         self.text_cache = TextCache(clip)
         self.register_buffer("tokens", None, persistent=False)
         self.register_buffer("end", None, persistent=False)
-        clip.token_embedding.requires_grad_(False)
+        clip.token_embedding.requires_grad_(False)  # [released] the one CLIP tensor that is not trained
 
     def set_classes(self, names):
         """Class names as in the dataset's files; capitals are split and underscores become spaces [released]."""
@@ -117,8 +112,7 @@ class TCCLIP(nn.Module):
         length = min(self.config.text_length, len(self.clip.positional_embedding))
         tokens = self.clip.tokenize([f"{self.config.prompt} {name}." for name in names], length)
         self.end = tokens.argmax(dim=-1)  # (C,)
-        # The tower is causal: what stands behind the longest end token cannot matter and is cut off [ours, exact].
-        self.tokens = tokens[:, :int(self.end.max()) + 1]  # (C,L)
+        self.tokens = tokens[:, :int(self.end.max()) + 1]  # (C,L), cut as in CLIP.encode_text
         self.text_cache.drop()
 
     def encode_video(self, video):
@@ -128,10 +122,8 @@ class TCCLIP(nn.Module):
     def forward(self, video):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
         assert self.tokens is not None, "no classes yet: call set_classes(names) first"
-        if self.config.positions == "joint" and video.shape[1] != self.config.frames:
-            raise ValueError(f"the video has {video.shape[1]} frames; this model was made for {self.config.frames}")
         frames, contexts, _ = self.vision(self.clip.visual, video)  # (B,T,E), {block: (B,k,E)}
-        if self.config.stop_gradient:
+        if self.config.stop_gradient:  # c = SG(context tokens, projected to E) [paper]
             contexts = {i: context.detach() for i, context in contexts.items()}
         text = self.encode_text(contexts)  # (B,C,E), or (C,E) if no video is prompted in
         logits = cosine_logits(frames.mean(dim=1), text, self.clip.logit_scale)
@@ -141,16 +133,15 @@ class TCCLIP(nn.Module):
 
     def encode_text(self, contexts):
         """Text features prompted by each video's context {block: (B,k,E)} -> (B,C,E); (C,E) without prompting."""
-        last = len(self.clip.transformer.resblocks) - 1
-        if set(self.levels) == {last}:
-            inputs = *self.text_cache(self.class_side), contexts[self.levels[last]]
-            return self.finish(self.clip.transformer.resblocks[last].run(self.last_block, *inputs))
-        x = self.text_cache(self.shared_blocks)  # (C,L,W) at the entrance of the first prompted block
-        if self.levels:
-            x = self.prompted_blocks(x, contexts)  # (B,C,L,W)
-        return self.finish(x[..., torch.arange(len(self.end), device=x.device), self.end, :])
-
-    def finish(self, x):
+        blocks, last = self.clip.transformer.resblocks, len(self.clip.transformer.resblocks) - 1
+        if set(self.levels) == {last}:  # the paper's: of the last block only what is new
+            side = self.text_cache(self.class_side, changing=self.training)
+            x = blocks[last].run(self.last_block, *side, contexts[self.levels[last]])  # (B,C,W)
+        else:
+            x = self.text_cache(self.shared_blocks, changing=self.training)  # (C,L,W)
+            if self.levels:
+                x = self.prompted_blocks(x, contexts)  # (B,C,L,W)
+            x = x[..., torch.arange(len(self.end), device=x.device), self.end, :]  # (...,C,W)
         return self.clip.ln_final(x) @ self.clip.text_projection  # (...,C,E)
 
     def with_vectors(self, x, p):
@@ -174,12 +165,12 @@ class TCCLIP(nn.Module):
         -> x (C,W), q (C,H,d), logit (C,H), value (C,H,d), and the vectors at the block's entrance (M,W).
         """
         x, block, M = self.shared_blocks(), self.clip.transformer.resblocks[-1], len(self.vectors)
-        rows, vectors = torch.arange(len(x), device=x.device), x[0, 1:1 + M]
-        fixed = torch.cat([x[:, :1], x[:, 1 + M:]], dim=1)  # (C,L-M,W)
+        vectors = x[0, 1:1 + M]  # (M,W), the same in every class
+        fixed = torch.cat([x[:, :1], x[:, 1 + M:]], dim=1)  # (C,L-M,W): row 0 is position 0, any other row i is i + M
         k, v = block.attn.keys_values(block.ln_1(fixed))  # (C,H,L-M,d)
-        x = x[rows, self.end]  # (C,W)
+        x = x[torch.arange(len(x), device=x.device), self.end]  # (C,W)
         q = block.attn.queries(block.ln_1(x[:, None]))  # (C,H,1,d)
-        beyond = torch.arange(k.shape[-2], device=x.device) > self.end[:, None] - M  # (C,L-M): row i is position i + M
+        beyond = torch.arange(k.shape[-2], device=x.device) > self.end[:, None] - M  # (C,L-M): behind the end token
         scores = q @ k.transpose(-1, -2) / k.shape[-1] ** 0.5  # (C,H,1,L-M)
         scores = scores.masked_fill(beyond[:, None, None], -torch.inf)
         return x, q[:, :, 0], scores.logsumexp(dim=-1)[..., 0], (scores.softmax(dim=-1) @ v)[:, :, 0], vectors
@@ -200,22 +191,21 @@ class TCCLIP(nn.Module):
 
         [released] The vectors that enter a later level are those that the previous block produced.
         """
-        B, M, first = len(next(iter(contexts.values()))), len(self.vectors), min(self.levels)
+        B, M, blocks = len(next(iter(contexts.values()))), len(self.vectors), self.clip.transformer.resblocks
         layers = dict(zip(sorted(self.levels), self.prompt_layers))
         x = x.expand(B, -1, -1, -1)  # (B,C,L,W)
-        for j, block in enumerate(self.clip.transformer.resblocks):
+        for j in range(min(self.levels), len(blocks)):
             if j in layers:
                 x = self.with_vectors(x, layers[j](x[:, 0, 1:1 + M], contexts[self.levels[j]]))
-            if j >= first:
-                x = block(x.flatten(0, 1), causal=True).unflatten(0, (B, -1))
+            x = blocks[j](x.flatten(0, 1), causal=True).unflatten(0, (B, -1))
         return x
 
 
 def load_released(model, state_dict):
-    """Loads a released TC-CLIP state_dict strictly into a TCCLIP, whatever wrapped it ("module." prefix or not).
+    """Loads a released TC-CLIP state_dict (with "module." or without) into a TCCLIP, strictly.
 
-    Its query, key and value weights are three tensors; its token embedding, which was never trained, is absent, and
-    its `token_prefix` and `token_suffix` follow from the class names. Raises ValueError that lists the keys.
+    It has no token embedding, which was never trained; prefix and suffix follow from the class names. Raises ValueError
+    that lists the keys.
     """
     rename = (("image_encoder.", "clip.visual."), ("text_encoder.prompt_generation_layer.", "prompt_layers."),
               ("text_encoder.", "clip."), ("prompt_learner.ctx", "vectors"), ("logit_scale", "clip.logit_scale"))
