@@ -512,7 +512,7 @@ def expecting(path, what):
     try:
         yield
     except (OSError, ValueError, LookupError, AttributeError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path}: expected {what} ({error!r})") from error
+        raise ValueError(f"{path}: expected {what} ({error!r:.200})") from error
 
 
 def in_order(names):
@@ -798,10 +798,12 @@ def read_test(path, v):
 
 
 def heed_parent_alone(_):
-    """In a loader's worker: of all SIGTERMs only its own process's ends it, not a scheduler's to everybody."""
+    """In a loader's worker: of all SIGTERMs only its own process's ends it, not a scheduler's to everybody. It also ends
+    with that process (torch's own watch misses one that was killed just after the fork)."""
     def wait():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
-            pass
+        parent, told = multiprocessing.parent_process(), None
+        while parent.is_alive() and (told is None or told.si_pid != parent.pid):
+            told = signal.sigtimedwait({signal.SIGTERM}, 5)  # seconds
         os._exit(0)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=wait, daemon=True).start()
@@ -810,7 +812,7 @@ def heed_parent_alone(_):
 def load_batches(videos, workers, collate, **batches):
     """The DataLoader that both loaders below are."""
     return DataLoader(videos, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      worker_init_fn=heed_parent_alone if hasattr(signal, "sigwaitinfo") else None, **batches)
+                      worker_init_fn=heed_parent_alone if hasattr(signal, "sigtimedwait") else None, **batches)
 
 
 class TestVideos(Dataset):

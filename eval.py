@@ -1,9 +1,9 @@
 """Evaluates models, looks at single videos, checks folders, measures speed.
 
-    python eval.py --zeroshot hmdb51 --data /videos/hmdb51                     # vanilla CLIP, or --checkpoint FILE
+    python eval.py --zeroshot hmdb51 --data /videos/hmdb51      # vanilla CLIP, or --checkpoint FILE
     python eval.py --zeroshot ucf101 --checkpoint runs/k400/best.pt --ensemble 0.7
-    python eval.py --video clip.mp4 --classes "juggling, running" --checkpoint FILE --picture out.png
-    python eval.py --video long.mp4 more/ --classes classes.txt --every 2s --json out.json      # what happens when
+    python eval.py --video clip.mp4 --classes "juggling, running" --checkpoint FILE --picture a.png
+    python eval.py --video long.mp4 more/ --classes names.txt --every 2s --json a.json   # what when
     python eval.py --check /videos/hmdb51
     python eval.py --benchmark --clip ViT-B/16
 """
@@ -89,7 +89,8 @@ class LinearProbe(nn.Module):
 
     def set_classes(self, names):
         if len(names) != self.head[1].out_features:
-            raise ValueError(f"{len(names)} classes for a linear probe of {self.head[1].out_features}")
+            raise ValueError(f"{len(names)} classes for a linear probe of {self.head[1].out_features}: it knows its "
+                             "training classes alone")
 
     def forward(self, video):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
@@ -115,7 +116,11 @@ def load_model(path, clip="ViT-B/16", merges=None):
     content = read_checkpoint(path)
     try:
         if isinstance(content, dict) and "recipe" in content:
-            recipe, weights = content["recipe"], content["model"]
+            recipe, weights = content["recipe"], content.get("model")
+            missing = [key for key in (*VANILLA, "merges", "probe") if key not in recipe]
+            missing += [key for key in ("model", "classes") if key not in content]
+            if missing:
+                raise ValueError(f"no {', '.join(missing)} in it: another version of train.py wrote it; train anew")
             original = {key.removeprefix("model."): value for key, value in weights.items()}  # of what a probe probes
             model = build_model(recipe["method"], load_clip(original, merges or recipe["merges"] or None),
                                 recipe["frames"], recipe["model"])
@@ -135,8 +140,8 @@ def load_model(path, clip="ViT-B/16", merges=None):
         else:
             model, recipe = FramePool(load_clip(content, merges)), VANILLA
         return model.eval(), recipe
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: " + " ".join(str(error).split())) from error
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not weights that can be used: " + " ".join(str(error).split())) from error
 
 
 def load_tuned(model, path, clip, merges=None):
@@ -165,6 +170,8 @@ def ensemble(base, tuned, weight):
 def views(recipe, model, **changes):
     """How a model sees a video at test time, from its recipe (a dict): a data.Views."""
     size = model.clip.visual.resolution
+    if 0 < recipe["short_side"] < size:
+        raise ValueError(f"short_side={recipe['short_side']}: must be at least the model's {size} pixels, or 0")
     kept = {key: recipe[key] for key in ("frames", "sampling", "clips", "crops", "pixels")}
     return data.Views(size=size, short_side=recipe["short_side"] or round(size * 256 / 224), **kept | changes)
 
@@ -180,21 +187,24 @@ def start_processes():
     """Joins the other processes of a torchrun, if there are any; the device of this one."""
     cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda and local >= torch.cuda.device_count():
+        raise ValueError(f"process {local + 1} of this node has none of its {torch.cuda.device_count()} GPUs: lower "
+                         "--nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():  # the long timeout lets one prepare what the others wait for
         timeout = timedelta(hours=4)
         store, rank, world = next(rendezvous("env://", timeout=timeout))
-        dist.init_process_group("nccl" if cuda else "gloo", store=fresh(store, rank, world), rank=rank, world_size=world,
-                                timeout=timeout)
+        dist.init_process_group("nccl" if cuda else "gloo", store=fresh(store, rank, world), rank=rank,
+                                world_size=world, timeout=timeout)
     return device
 
 
 def fresh(store, rank, world):
     """A part of torchrun's store that no process of an earlier attempt has written to.
 
-    torchrun keeps one store over all restarts. Who finds a killed process's address there waits for it in vain. Here all
-    processes post a new name; those that read the same names, their own among them, are of the same attempt.
+    torchrun keeps one store over all restarts: who finds a killed process's address there waits for it in vain. So all
+    post a new name each; those that read the same names, their own among them, are of the same attempt.
     """
     store.set(f"name {rank}", uuid.uuid4().hex)
     while True:
@@ -579,7 +589,7 @@ def benchmark_model(variant, args, device):
     method, settings = VARIANTS[variant]
     torch.manual_seed(0)
     if args.clip and args.clip not in ARCHITECTURES:
-        clip = load_clip(args.clip)
+        clip = load_clip(args.clip, args.merges)
     else:
         clip = CLIP(**ARCHITECTURES[args.clip or "ViT-B/16"])
         for name, p in clip.named_parameters():
@@ -672,16 +682,36 @@ def benchmark(args):
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
-def run_command(main, parse):
-    """Exit status of a script: 2 and one line for wrong use or missing input, 130 where it was interrupted."""
+def flush_output():
+    """Writes what print has kept back, so that it fails here and not, past all handlers, when Python ends."""
     try:
-        return main(parse())
-    except (ValueError, OSError) as error:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def run_command(main, parse):
+    """Exit status of a script: 2 and one line for wrong use, missing input or too little memory, 130 where it was
+    interrupted, 141 where nobody reads its output any more, as `| head` does."""
+    try:
+        try:
+            return main(parse())
+        finally:
+            flush_output()
+    except BrokenPipeError:
+        return 141
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        words = " ".join(str(error).split())
+        if not isinstance(error, (ValueError, OSError)):
+            if not re.search(r"allocate|DataLoader worker \(pid", words):  # PyTorch's and NumPy's words for no memory
+                raise
+            words = f"memory is out: lower micro_batch or workers, or eval.py's --batch or --workers ({words:.160})"
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command starts again, a training run from its last checkpoint", file=sys.stderr)
         return 130
 
 
@@ -693,8 +723,6 @@ def chosen_model(args, default_clip):
     else:
         model, recipe = FramePool(load_clip(clip, args.merges)).eval(), VANILLA
     if args.ensemble is not None:
-        if not args.checkpoint or not 0 <= args.ensemble <= 1:
-            raise ValueError(f"--ensemble {args.ensemble}: it is the weight, in [0, 1], of a --checkpoint")
         base = build_model(recipe["method"], load_clip(args.clip or recipe["clip"], args.merges), recipe["frames"],
                            recipe["model"])
         model.load_state_dict(ensemble(base.state_dict(), model.state_dict(), args.ensemble))
@@ -712,7 +740,8 @@ def describe_scores(name, score):
 
 def class_list(path, classes):
     """The labels of the classes that a file lists, one name per line."""
-    names = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    with data.expecting(path, "text in UTF-8, one class per line"):
+        names = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
     unknown = [name for name in names if name not in classes]
     if unknown or not names:
         raise ValueError(f"{path}: it must list classes of the data, one per line; not one: {', '.join(unknown[:3])}")
@@ -761,8 +790,9 @@ def named_classes(words):
     """The names in --classes, each once: with commas between them, or a file's, a name per line or data.read_labels'."""
     if words.endswith((".csv", ".json")):
         names = data.read_labels(words)
-    elif words.endswith(".txt") or os.path.isfile(words):
-        names = Path(words).read_text("utf-8-sig").splitlines()
+    elif words.endswith(".txt") or os.path.isfile(words) or os.sep in words and os.path.isdir(words):
+        with data.expecting(words, "text in UTF-8, one class per line"):
+            names = Path(words).read_text("utf-8-sig").splitlines()
     else:
         names = words.split(",")
     names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
@@ -880,48 +910,83 @@ def duration(words):
     return value
 
 
+TASKS_OF = {name: tasks for names, tasks in (  # the tasks that heed a flag; what is not here goes with all
+    ("data labels upstream_labels temporal static", ("zeroshot",)), ("classes every", ("video",)),
+    ("checkpoint ensemble json picture", ("zeroshot", "video")), ("frames num_classes repeats train", ("benchmark",)),
+    ("clip merges batch precision", ("zeroshot", "video", "benchmark"))) for name in names.split()}
+
+
+def check_flags(parser, args):
+    """For both scripts: a flag may be neither empty, as a shell's unset variable leaves it, nor name an absent file."""
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if value == "" or isinstance(value, list) and "" in value:
+            parser.error(f"{flag} is empty: give a value, or leave the flag out")
+        if name in ("checkpoint", "merges", "temporal", "static") and value and not os.path.isfile(value):
+            parser.error(f"{flag} {value}: no such file")
+    return args
+
+
+def check_task(parser, args):
+    """Refuses, before anything is loaded, flags that the task does not heed and values that cannot be meant."""
+    task = next(name for name in ("zeroshot", "video", "check", "benchmark") if getattr(args, name))
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if value != parser.get_default(name) and task not in TASKS_OF.get(name, (task,)):
+            parser.error(f"{flag} means nothing to --{task}: leave it out")
+        if type(value) is int and not (name != "workers") <= value <= 10**6:
+            parser.error(f"{flag} {value}: must lie between {name != 'workers':d} and 1000000")
+    for flag, path in (("--json", args.json), ("--picture", args.picture)):
+        if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
+            parser.error(f"{flag} {path}: no file can be written there; name one in a folder that exists")
+    if args.picture and not args.picture.lower().endswith((".png", ".jpg")):
+        parser.error(f"--picture {args.picture}: its name must end in .png or .jpg")
+    if args.video and not args.classes:
+        parser.error("--video needs --classes, such as --classes \"juggling, running\"")
+    if args.ensemble is not None and not (args.checkpoint and 0 <= args.ensemble <= 1):
+        parser.error(f"--ensemble {args.ensemble}: it is the weight, between 0 and 1, of a --checkpoint")
+    return args
+
+
 def parse_args(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--zeroshot", choices=data.DATASETS, metavar="DATASET", help=f"one of {', '.join(data.DATASETS)}")
-    task.add_argument("--video", nargs="+", metavar="PATH", help="videos and folders of videos to look at")
-    task.add_argument("--check", metavar="DIR", help="read every video below DIR and name those that fail")
-    task.add_argument("--benchmark", action="store_true", help="speed, cost and memory of the methods, side by side")
-    parser.add_argument("--data", help="folder of the data; default data/DATASET")
-    parser.add_argument("--labels", help="file of other class names for the same ids, CSV id,name or JSON; or llm: the "
-                        "published LLM-rephrased names in the data folder")
-    parser.add_argument("--upstream-labels", action="store_true", help="HMDB-51: the published names, of which four are "
-                        "swapped, for comparison with published numbers")
-    parser.add_argument("--temporal", metavar="FILE", help="classes, one per line: their own top-1, and")
-    parser.add_argument("--static", metavar="FILE", help="with classes that need no time, the temporal score")
-    parser.add_argument("--checkpoint", help="a best.pt of train.py, or a released file; default: vanilla CLIP")
-    parser.add_argument("--clip", help="OpenAI name or file; default ViT-B/16")
-    parser.add_argument("--merges", help="file of CLIP's BPE merges; default: the cache folder, downloaded once")
-    parser.add_argument("--ensemble", type=float, metavar="W", help="(1 - W) x CLIP's weights + W x the checkpoint's")
-    parser.add_argument("--classes", help="what --video may show: names or sentences with commas between them, or a file, "
-                        "one per line, CSV id,name or JSON; one alone gets its cosine similarity, not a probability")
-    parser.add_argument("--every", type=duration, metavar="TIME", help="for --video: windows of this length, one after "
-                        "the other without overlap, instead of the whole: 2s, 500ms, 1.5min; a bare number is in seconds")
-    parser.add_argument("--json", metavar="FILE", help='also write what is found, - to standard output; for --video '
-                        '[{"video", "measure", "windows": [{"start", "end", "classes": {name: value}}]}], in seconds')
-    parser.add_argument("--picture", metavar="PNG", help="what the model saw in a video; with --every what happens when; "
-                        "with --zeroshot which classes are taken for which")
-    parser.add_argument("--frames", type=int, default=16, help="frames per video in the benchmark; default %(default)s")
-    parser.add_argument("--batch", type=int, help="videos per pass; default 8, in the benchmark 2")
-    parser.add_argument("--num-classes", type=int, default=400, help="classes in the benchmark; default %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, help="passes per median in the benchmark; default %(default)s")
-    parser.add_argument("--train", action="store_true", help="benchmark training steps instead of forward passes")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default %(default)s")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="loader processes; default %(default)s")
-    args = parser.parse_args(arguments)
-    for name in ("frames", "batch", "num_classes", "repeats"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not all(os.path.isdir(os.path.dirname(path or "") or ".") for path in (args.picture, args.json)):
-        parser.error(f"--picture {args.picture}, --json {args.json}: there is no such folder to write to")
-    if args.video and not args.classes:
-        parser.error("--video needs --classes, such as --classes \"juggling, running\"")
-    return args
+    flag = task.add_argument
+    flag("--zeroshot", choices=data.DATASETS, metavar="DATASET", help=f"test on one of {', '.join(data.DATASETS)}")
+    flag("--video", nargs="+", metavar="PATH", help="look at videos and at all videos in folders")
+    flag("--check", metavar="DIR", help="read every video below DIR and name those that fail")
+    flag("--benchmark", action="store_true", help="speed, cost and memory of the methods, side by side")
+    flag = parser.add_argument_group("for --zeroshot").add_argument
+    flag("--data", metavar="DIR", help="folder of the data; default data/DATASET")
+    flag("--labels", metavar="FILE", help="other class names for the same ids, CSV id,name or JSON; llm: the published "
+         "LLM-rephrased ones in the data folder; default: the dataset's")
+    flag("--upstream-labels", action="store_true", help="HMDB-51: the published names, four swapped; default: right")
+    flag("--temporal", metavar="FILE", help="classes, one per line, whose own top-1 is wanted too; default: none")
+    flag("--static", metavar="FILE", help="the same; with both, their difference, the temporal score; default: none")
+    flag = parser.add_argument_group("for --video").add_argument
+    flag("--classes", metavar="NAMES", help="needed: names or sentences with commas between them, or a file, one per "
+         "line, CSV id,name or JSON; one alone gets its cosine similarity, not a probability")
+    flag("--every", type=duration, metavar="TIME", help="windows of this length, one after the other: 2s, 500ms, "
+         "1.5min or 2 (seconds); default: the whole video at once")
+    flag = parser.add_argument_group("for --zeroshot and --video").add_argument
+    flag("--checkpoint", metavar="FILE", help="a best.pt of train.py, or a released file; default: vanilla CLIP")
+    flag("--ensemble", type=float, metavar="W", help="(1 - W) x CLIP's weights + W x the checkpoint's; default 1")
+    flag("--json", metavar="FILE", help='also write the results, - to standard output; of --video [{"video", "measure"'
+         ', "windows": [{"start", "end", "classes": {name: value}}]}], in seconds; default: no file')
+    flag("--picture", metavar="PNG", help="draw what the model saw; with --every what happens when; with --zeroshot "
+         "which classes are taken for which; default: no picture")
+    flag = parser.add_argument_group("for --benchmark").add_argument
+    flag("--frames", type=int, default=16, help="per video; default %(default)s")
+    flag("--num-classes", type=int, default=400, help="default %(default)s")
+    flag("--repeats", type=int, default=5, help="passes per median; default %(default)s")
+    flag("--train", action="store_true", help="time training steps; default: forward passes")
+    flag = parser.add_argument_group("for all of these; --workers also for --check").add_argument
+    flag("--clip", metavar="NAME", help="OpenAI's name or a file; default ViT-B/16, for shapes its own")
+    flag("--merges", metavar="FILE", help="CLIP's BPE merges; default: the cache folder's, downloaded once")
+    flag("--batch", type=int, help="videos (or windows) per pass; default 8, in the benchmark 2")
+    flag("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default %(default)s")
+    flag("--workers", type=int, default=min(8, os.cpu_count()), help="loader processes; default %(default)s")
+    return check_task(parser, check_flags(parser, parser.parse_args(arguments)))
 
 
 def main(args):

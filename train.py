@@ -1,12 +1,13 @@
-"""Trains TC-CLIP, ILA or ViFi-CLIP by the papers' protocols, on one process or many, and can be interrupted anywhere.
+"""Trains TC-CLIP, ILA or ViFi-CLIP by the papers' protocols, on one process or many.
 
-    python train.py --protocol fewshot                                        # the miniature world: no download, minutes
+    python train.py --protocol fewshot                   # the miniature world: no download, minutes
     torchrun --nproc_per_node=4 train.py --protocol fewshot --dataset hmdb51 --set shots=4
-    torchrun --nproc_per_node=8 train.py --protocol zeroshot --dataset k400 --data /videos/k400 --out runs/k400
+    torchrun --nproc_per_node=8 train.py --protocol zeroshot --dataset k400 --data /videos/k400
 
-The same command again goes on where it was broken off. Everything random is drawn from (seed, epoch, video) or (seed,
-step), so that neither the number of processes and workers nor an interruption changes what is computed, but that batch
-norm (ILA; see sync_bn) sees a process's videos alone, and dropout is drawn per process.
+It may be interrupted anywhere: the same command goes on. Everything random is drawn from (seed,
+epoch, video) or (seed, step), so that neither the number of processes and workers nor an
+interruption changes what is computed, but that batch norm (ILA; see sync_bn) sees a process's
+videos alone, and dropout is drawn per process.
 """
 
 import argparse
@@ -49,12 +50,12 @@ class Recipe:
     method: str
     dataset: str
     clip: str = "ViT-B/16"  # OpenAI name or file
-    merges: str = ""  # path of CLIP's BPE merges; empty: the cache folder
+    merges: str = ""  # BPE merges; empty: the cache folder's
     seed: int = 1024  # of all that is random
     shots: int = 16  # training videos per class
-    train_list: str = ""  # published lists and labels, where they are not in the data folder
+    train_list: str = ""  # a list instead of the data folder's
     test_list: str = ""  # the same, to test on
-    labels: str = ""  # other class names for the same ids: CSV id,name or JSON; llm: the published LLM-rephrased ones
+    labels: str = ""  # other class names: a file, CSV id,name or JSON; llm: the published LLM-rephrased ones
     upstream_labels: bool = False  # HMDB-51: the published names, of which four are swapped
     checkpoint: str = ""  # weights of this method to start from instead of CLIP's: the papers' (P) rows
     probe: bool = False  # train a linear classifier alone, over the frozen checkpoint (ILA, Table 12)
@@ -67,15 +68,15 @@ class Recipe:
     short_side: int = 0  # pixels, before the crop; 0: 256/224 of the model's resolution
     # augmentation
     flip: float = 0.5  # probability
-    scales: tuple = (1.0, 0.875, 0.75, 0.66)  # multi-scale crop, parts of the short side
     jitter: float = 0.8  # probability
     grey: float = 0.2  # probability
     shift: float = 0.0  # largest move, part of the side
+    scales: tuple = (1.0, 0.875, 0.75, 0.66)  # multi-scale crop, parts of the short side
     strengths: tuple = (0.4, 0.4, 0.2, 0.1)  # of jitter: brightness, contrast, saturation, hue
     smoothing: float = 0.1  # of the labels
     mixup: float = 0.8  # a of Beta(a, a); 0: never
     cutmix: float = 1.0  # the same
-    switch: float = 0.5  # probability of cutmix where both are on
+    switch: float = 0.5  # probability of cutmix if both are on
     # optimisation
     epochs: int = 30  # passes over the training videos
     warmup_epochs: float = 5.0  # linear, from 0
@@ -83,8 +84,8 @@ class Recipe:
     lr_min: float = 8e-8  # rate at the end
     new_lr: float = 10.0  # times lr, for the modules that CLIP lacks
     position_lr: float = 1.0  # times lr, for temporal position embeddings
-    schedule: str = "released"  # released, continuous: see learning_rate
-    batch: int = 256  # videos per optimiser step, over all processes
+    schedule: str = "released"  # or continuous, see learning_rate
+    batch: int = 256  # videos per step, over all processes
     micro_batch: int = 8  # videos per forward pass, even; costs memory; only batch norm sees it
     weight_decay: float = 0.001  # of AdamW
     position_decay: float = 0.001  # the same, for temporal position embeddings
@@ -94,11 +95,11 @@ class Recipe:
     eval_every: int = 1  # epochs
     save_every: int = 500  # optimiser steps between checkpoints, beside those at epochs' ends
     keep_best: bool = True  # test the epoch of best validation accuracy; else the last
-    sync_bn: bool = False  # batch norm over all processes (ILA)
-    workers: int = 8  # loader processes per training process
+    sync_bn: bool = False  # batch norm over all processes
+    workers: int = 8  # loader processes per process
     keep_decoded: bool = False  # keep decoded clips in memory: for worlds whose clips are as short as T
     compile: bool = False  # torch.compile the training step: needs a C compiler, minutes at the start
-    checkpointing: bool = False  # compute blocks' inner values anew in the backward pass: less memory, a third more time
+    checkpointing: bool = False  # compute blocks' values anew in the backward pass: less memory, 1/4 more time
     model: dict = dataclasses.field(default_factory=dict)  # overrides of the model's own configuration
 
     def __post_init__(self):
@@ -108,8 +109,13 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)} is unknown; use one of {', '.join(map(str, known))}")
         for name, (kind, _) in knobs(Recipe).items():
             least = name in ("shots", "frames", "clips", "epochs", "batch", "micro_batch", "eval_every", "save_every")
-            if kind in (int, float) and not getattr(self, name) >= least:  # nor is nan
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least:d}")
+            most = 1 if name in ("flip", "jitter", "grey", "shift", "smoothing", "switch") else 2**32 - 1
+            if kind in (int, float) and not least <= getattr(self, name) <= most:  # nor is nan
+                raise ValueError(f"{name}={getattr(self, name)} must lie between {least:d} and {most}")
+        if not all(0 < part <= 1 for part in self.scales):
+            raise ValueError(f"scales={self.scales} must be parts of the short side, above 0 and at most 1")
+        if len(self.strengths) != 4 or not all(0 <= part <= 1 for part in self.strengths):
+            raise ValueError(f"strengths={self.strengths} must be four numbers between 0 and 1")
         if self.probe and not self.checkpoint:
             raise ValueError("probe=true needs the model to be probed: --checkpoint FILE")
         if self.batch % 2 or self.micro_batch % 2:
@@ -274,8 +280,8 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # the latter is torch.save's word for a full disk
-        raise OSError(f"{path} cannot be written ({' '.join(str(error).split()):.160}), what it held before is kept: make "
-                      "room or give the right to write, and the same command goes on") from error
+        raise OSError(f"{path} cannot be written ({' '.join(str(error).split()):.160}) and stays as it was: make room, or "
+                      "give the right to write, and the same command goes on") from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -290,7 +296,10 @@ def save(path, content):
 def read_state(path):
     """What `save` wrote. Raises ValueError that names the file."""
     try:
-        return read_checkpoint(path)
+        content = read_checkpoint(path)
+        if not isinstance(content, dict) or "model" not in content:
+            raise ValueError(f"{path} holds no model")
+        return content
     except ValueError as error:
         raise ValueError(f"{error}: delete {path.parent} to train anew, or choose another --out") from error
 
@@ -309,6 +318,12 @@ def read_json(path):
 
 def open_folder(folder, recipe):
     """Makes the run folder, or checks that it holds a run of this very recipe. Raises ValueError where it does not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made a folder ({error.strerror}): choose another --out") from error
+    for left in (*folder.glob(".*.pt.[0-9]*"), *folder.glob(".*.json*.[0-9]*")):  # by a write that was killed
+        left.unlink()
     new, path = json.loads(json.dumps(dataclasses.asdict(recipe))), folder / "recipe.json"
     if path.exists():
         old = read_json(path)
@@ -316,12 +331,8 @@ def open_folder(folder, recipe):
                   and key not in ("workers", "save_every", "compile", "checkpointing")]
         if differ:
             raise ValueError(f"{folder} holds another run, with {', '.join(differ)}: choose another --out, or delete it")
-        for left in folder.glob(".*.pt.*"):  # by a write that was killed
-            left.unlink()
-    elif folder.exists() and any(folder.iterdir()):
+    elif any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files and no recipe.json: choose another --out, or an empty folder")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -480,7 +491,7 @@ def train_epoch(run, bar):
 
 
 def add_up(run, sums, errors, seconds):
-    """Adds what all processes have seen since the last time to the progress. Raises ValueError where it cannot go on."""
+    """Adds what all processes have seen since the last time to the progress. Raises ValueError to stop the run."""
     progress = run.progress
     progress["sums"] = np.sum([progress["sums"], *evaluation.gather([sums])], axis=0).tolist()
     progress["bad"] = sorted({*progress["bad"], *evaluation.gather(errors)})
@@ -497,8 +508,9 @@ def finish_epoch(run):
     """
     recipe, progress = run.recipe, run.progress
     epoch, (loss, aux, videos) = len(progress["history"]) + 1, progress["sums"]
-    line = {"epoch": epoch, "step": progress["step"], "lr": set_rates(run.optimizer, recipe, progress["step"] - 1, run.per_epoch),
-            "loss": loss / videos, "aux_loss": aux / videos, "seconds": round(progress["seconds"], 2), "bad": progress["bad"]}
+    rate = set_rates(run.optimizer, recipe, progress["step"] - 1, run.per_epoch)
+    line = {"epoch": epoch, "step": progress["step"], "lr": rate, "loss": loss / videos, "aux_loss": aux / videos,
+            "seconds": round(progress["seconds"], 2), "bad": progress["bad"]}
     best = max((old["top1"] for old in progress["history"] if "top1" in old), default=-1)
     if epoch % recipe.eval_every == 0 or epoch == recipe.epochs:
         line["top1"] = test(run, run.validation)["top1"]
@@ -507,8 +519,8 @@ def finish_epoch(run):
 
     def write():
         if "top1" in line and (line["top1"] > best or not recipe.keep_best):
-            save(run.folder / "best.pt", {"recipe": dataclasses.asdict(recipe), "classes": list(run.training.videos.classes),
-                                          "model": run.model.state_dict(), "epoch": epoch})
+            save(run.folder / "best.pt", {"recipe": dataclasses.asdict(recipe), "model": run.model.state_dict(),
+                                          "classes": list(run.training.videos.classes), "epoch": epoch})
         lines = "".join(json.dumps(old) + "\n" for old in progress["history"])
         write_atomically(run.folder / "log.jsonl", lambda file: file.write(lines.encode()))
         evaluation.draw_curves(progress["history"], run.folder / "curves.png")
@@ -528,8 +540,8 @@ def train_epochs(run):
                 finish_epoch(run)
     if stopped and rank == 0:
         print(f"stopped by SIGTERM after step {run.progress['step']}; the same command goes on", file=sys.stderr)
-    if stopped:  # 143, a shell's 128 + 15, says that the run is not done; but torchrun, which itself tells of the signal,
-        sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 143)  # would start workers anew that end in anything but 0
+    if stopped:  # 143, a shell's 128 + 15: not done. But torchrun, which fails by itself where it was warned, would start
+        sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 143)  # a worker anew that ends in anything but 0
 
 
 def test(run, videos, picture=None):
@@ -579,6 +591,8 @@ def run_recipe(recipe, root, folder, device):
     if (folder / "results.json").exists():
         return read_json(folder / "results.json")
     run = start(recipe, folder, train_videos, next(iter(tests.values())), device)
+    for videos in (*tests.values(), train_videos):  # names that the model cannot take are told now, not after training
+        run.model.set_classes(videos.classes)
     if rank == 0:  # only now: what could not even start leaves no trace
         save_json(folder / "recipe.json", dataclasses.asdict(recipe))
     train_epochs(run)
@@ -805,29 +819,38 @@ def main(args):
     return 0
 
 
-def describe(config):
-    """Lines on the knobs of a configuration dataclass, read off its source: name, default, the comment beside it."""
-    found = re.findall(r"^    (\w+): [^=\n]+ = ([^#\n]+?)(?: +# (.*))?$", inspect.getsource(config), re.MULTILINE)
-    return "\n".join(f"  {name}={default}  {meaning}" for name, default, meaning in found if name != "model")
+def describe(title, config, but=()):
+    """Help on a configuration dataclass's knobs: name=default and the comment beside it, two on a line if short."""
+    comments, lines = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE)), [title]
+    for name, (kind, default) in knobs(config).items():
+        words = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        entry = f"  {name}={str(words).lower() if kind is bool else words}  {comments[name]}"
+        if name not in but and len(entry) <= 50 and 2 <= len(lines[-1]) < 50 and lines[-1] != title:
+            lines[-1] = f"{lines[-1]:50}{entry[1:]}"
+        elif name not in but:
+            lines.append(entry)
+    return "\n".join(lines)
 
 
 def parse_args(arguments=None):
-    known = [f"--set, the recipe (the protocols differ):\n{describe(Recipe)}"]
-    known += [f"--set, --method {method}:\n{describe(config)}" for method, (_, config) in evaluation.METHODS.items()]
+    known = [describe("--set for every run (defaults where no recipe of the papers says otherwise):", Recipe)]
+    known += [describe(f"--set for --method {method}:", config, knobs(Recipe))
+              for method, (_, config) in evaluation.METHODS.items()]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="\n".join(known))
-    parser.add_argument("--protocol", required=True, choices=PROTOCOLS)
-    parser.add_argument("--method", choices=evaluation.METHODS, help="default tc; on the miniature, vifi and tc")
-    parser.add_argument("--dataset", help=f"one of {', '.join(data.DATASETS)}; default shapes, the miniature world")
-    parser.add_argument("--data", help="folder of the data; default data/<dataset>")
-    parser.add_argument("--clip", help="OpenAI name or file of the CLIP to start from; default ViT-B/16")
-    parser.add_argument("--merges", help="file of CLIP's BPE merges; default: the cache folder, downloaded once")
-    parser.add_argument("--checkpoint", help="weights of the same method to start from: the papers' (P) rows")
-    parser.add_argument("--upstream-labels", action="store_true", help="HMDB-51: the published names, of which four are "
-                        "swapped, for comparison with published numbers")
-    parser.add_argument("--out", help="run folder; default runs/<dataset>-<protocol>/<method>. The same command resumes")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of the recipe and the model")
-    return parser.parse_args(arguments)
+    flag = parser.add_argument
+    flag("--protocol", required=True, choices=PROTOCOLS, help="how is trained and tested; needed")
+    flag("--method", choices=evaluation.METHODS, help="default tc; on the miniature, vifi and tc")
+    flag("--dataset", help=f"one of {', '.join(data.DATASETS)}; default shapes, the miniature world")
+    flag("--data", metavar="DIR", help="folder of the data; default data/DATASET")
+    flag("--clip", metavar="NAME", help="OpenAI's name or a file of the CLIP to start from; default ViT-B/16")
+    flag("--merges", metavar="FILE", help="CLIP's BPE merges; default: the cache folder's, downloaded once")
+    flag("--checkpoint", metavar="FILE", help="weights of this method to start from, the papers' (P); default: CLIP's")
+    flag("--upstream-labels", action="store_true", help="HMDB-51: the published names, four swapped; default: right")
+    flag("--out", metavar="DIR", help="run folder; default runs/DATASET-PROTOCOL/METHOD. The same command resumes")
+    flag("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides, listed below; "
+         "shots=2,4,8 or seed=1,2,3 are so many runs; default: none")
+    return evaluation.check_flags(parser, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""CPU time to read a clip (16 TSN frames, short side 256, centre crop 224, one thread), beside decord's if installed.
+"""CPU time to read a clip (16 TSN frames, short side 256, centre crop 224, one thread), beside decord's if installed; and
+to read and augment one for training by the papers' recipe.
 
 python tests/bench_reader.py [--runs 15] [VIDEO ...]      # default: the videos in ../shared/videos/real, where present
 """
@@ -16,6 +17,8 @@ import av  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import data  # noqa: E402
+import train  # noqa: E402
 from data import frame_indices, read_clip  # noqa: E402
 
 try:
@@ -52,19 +55,22 @@ def main(args):
     paths = args.videos or sorted(str(path) for path in REAL.glob("*.*") if path.suffix != ".csv")
     if not paths:
         sys.exit(f"no videos given, and none in {REAL}")
-    print(f"{'video':28s} {'codec':>6s} {'size':>10s} {'frames':>6s} {'here/ms':>8s} {'decord':>8s} {'ratio':>6s}")
+    augmentation = train.resolve_recipe("zeroshot", "tc", "k400").augmentation()
+    print(f"{'video':28s} {'codec':>6s} {'size':>10s} {'frames':>6s} {'train/ms':>8s} {'here/ms':>8s} {'decord':>8s} {'ratio':>6s}")
     for path in paths:
         with av.open(path) as container:
             stream = container.streams.best("video")
             codec = stream.codec_context
             facts = f"{codec.name:>6s} {f'{codec.width}x{codec.height}':>10s} {stream.frames or '?':>6}"
+        videos, keys = data.TrainVideos(data.VideoList(("",), (path,), (0,)), data.Views(), 0, augmentation), iter(range(10**9))
+        training = median(seconds(lambda: videos[next(keys), 0, 1.0]) for _ in range(args.runs))
         readers = [lambda: read_clip(path)] + ([decord_clip(path)] if decord else [])
         for read in readers:
             read()
         times = [[seconds(read) for read in readers] for _ in range(args.runs)]  # taken in turn
         medians = [1e3 * median(column) for column in zip(*times)]
         other = f"{medians[1]:8.1f} {median(a / b for a, b in times):6.2f}" if decord else f"{'-':>8s} {'-':>6s}"
-        print(f"{os.path.basename(path):28s} {facts} {medians[0]:8.1f} {other}", flush=True)
+        print(f"{os.path.basename(path):28s} {facts} {1e3 * training:8.1f} {medians[0]:8.1f} {other}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What scale costs on this machine's CPU: processes, resuming, checkpoints, collectives, memory with checkpointing, compiling.
+"""What scale costs on a CPU: processes, resuming, checkpoints, collectives, memory with checkpointing, compiling.
 
-python tests/bench_scale.py [processes resume checkpoints collectives memory compile]      # default: all but compile (minutes)
+python tests/bench_scale.py [processes resume checkpoints collectives memory compile]      # default: all but compile
 """
 import argparse
 import contextlib
@@ -28,8 +28,8 @@ import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from clip_vit import Block, read_checkpoint  # noqa: E402
 
-B16 = dict(resolution=224, patch=16, vision_width=768, vision_layers=12, text_width=512, text_layers=12, embed=512, context=77,
-           vocabulary=514)
+B16 = dict(resolution=224, patch=16, vision_width=768, vision_layers=12, text_width=512, text_layers=12, embed=512,
+           context=77)
 SETTINGS = {"tc": {"prompt": "a pic"}, "ila": {}, "vifi": {"prompt": "a pic"}}
 
 
@@ -46,8 +46,8 @@ def small_world(folder):
 
 
 def train_words(world, out, *more):
-    return ["--protocol", "fewshot", "--method", "tc", "--data", str(world), "--out", str(out), "--set", "shots=16", "eval_every=9",
-            "batch=32", "micro_batch=16", *more]
+    return ["--protocol", "fewshot", "--method", "tc", "--data", str(world), "--out", str(out), "--set", "shots=16",
+            "eval_every=9", "batch=32", "micro_batch=16", *more]
 
 
 def processes(folder):
@@ -55,8 +55,9 @@ def processes(folder):
     rates = []
     for count in (1, 2):
         out = folder / f"processes {count}"
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", ROOT / "train.py",
-                        *train_words(folder / "world", out, "epochs=6")], check=True, capture_output=True)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        words = [ROOT / "train.py", *train_words(folder / "world", out, "epochs=6")]
+        subprocess.run([sys.executable, *torchrun, *words], check=True, capture_output=True)
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         seconds = np.diff([line["seconds"] for line in lines])  # the first epoch decodes: left out
         rates.append(lines[0]["step"] / float(np.median(seconds)))
@@ -81,7 +82,8 @@ def resume(folder):
             train.main(train.parse_args(words))
     train.train_step = until_13
     once()  # last.pt holds step 12: from now on it is one step
-    print(f"resume, miniature: {min(timed(once)[0] for _ in range(3)):.2f} s to the end of the first new step", flush=True)
+    seconds = min(timed(once)[0] for _ in range(3))
+    print(f"resume, miniature: {seconds:.2f} s to the end of the first new step", flush=True)
     train.train_step = step
 
 
@@ -94,22 +96,23 @@ def checkpoints(folder):
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         optimizer.step()
         path = folder / "last.pt"
-        written = min(timed(lambda: train.save(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}))[0]
-                      for _ in range(3))
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        written = min(timed(lambda: train.save(path, state))[0] for _ in range(3))
         read = min(timed(lambda: read_checkpoint(path))[0] for _ in range(2))
-        print(f"checkpoint, {name}: {path.stat().st_size / 1e6:.0f} MB, written in {written:.2f} s, read in {read:.2f} s", flush=True)
+        print(f"checkpoint, {name}: {path.stat().st_size / 1e6:.0f} MB, written in {written:.2f} s, "
+              f"read in {read:.2f} s", flush=True)
 
 
 def collective(rank, port):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     device = evaluation.start_processes()
     found = [(i, np.random.rand(400).astype(np.float32)) for i in range(rank, 20_000, 2)]  # as in predict
     evaluation.gather([])
     seconds, result = timed(lambda: evaluation.gather(found))
     flags = [timed(lambda: evaluation.on_any(False, device))[0] for _ in range(1000)]
     if rank == 0:
-        print(f"collectives, two processes: {len(result)} x 400 probabilities gathered in {seconds:.2f} s; the flag of every step in "
-              f"{1e6 * np.median(flags):.0f} us", flush=True)
+        print(f"collectives, two processes: {len(result)} x 400 probabilities gathered in {seconds:.2f} s; the flag of "
+              f"every step in {1e6 * np.median(flags):.0f} us", flush=True)
     dist.destroy_process_group()
 
 
@@ -147,8 +150,9 @@ def memory(_):
             found.append(results.get())
             child.join()
         (before, peak, seconds), (_, lean, longer) = found
-        print(f"memory, {method}, ViT-B/16, 8 frames, batch 1: peak {peak:.2f} GB, checkpointing {lean:.2f} GB ({before:.2f} of it "
-              f"before the step); {seconds:.1f} s a step, checkpointing {longer:.1f} s: x {longer / seconds:.2f}", flush=True)
+        print(f"memory, {method}, ViT-B/16, 8 frames, batch 1: peak {peak:.2f} GB, checkpointing {lean:.2f} GB "
+              f"({before:.2f} of it before the step); {seconds:.1f} s a step, checkpointing {longer:.1f} s: "
+              f"x {longer / seconds:.2f}", flush=True)
 
 
 def compile(_):

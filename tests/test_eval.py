@@ -1,9 +1,6 @@
-"""Evaluation: metrics, exactness over processes, ensembling, single videos, pictures, checking, wrong use."""
+"""Evaluation: metrics, exactness over processes, ensembling, single videos, pictures, checking."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,30 +148,6 @@ def test_check_names_each_bad_video(tmp_path, world, capsys):
     assert evaluate("--check", tmp_path) == 1
     out = capsys.readouterr().out
     assert f"{tmp_path / 'b.mp4'}: " in out and "1 of 2 videos" in out
-
-
-@pytest.mark.parametrize("words, said", [
-    (["--zeroshot", "shapes", "--data", "nowhere"], "nowhere"), (["--check", "nowhere"], "nowhere"),
-    (["--video", "x.mp4", "--classes", ","], "--classes"), (["--video", "x.mp4", "--classes", "a", "--clip", "{clip}"], "x.mp4"),
-    (["--video", "{video}", "--classes", "a,b", "--clip", "nowhere.pt"], "nowhere.pt"),
-    (["--video", "{video}", "--classes", "a,b", "--checkpoint", "{video}"], "refused"),
-    (["--video", "{video}", "x.mp4", "--classes", "a,b", "--clip", "{clip}"], "x.mp4"),
-    (["--video", "{video}", "--classes", "a,b", "--clip", "{clip}", "--ensemble", "0.5"], "--checkpoint"),
-    (["--video", "{video}", "--classes", "a,b", "--checkpoint", "{tuned}", "--ensemble", "7"], "[0, 1]"),
-    (["--video", "{video}", "--classes", "a" * 40, "--checkpoint", "{tuned}"], "does not fit")])
-def test_wrong_use_ends_in_one_line(world, checkpoint, tmp_path, monkeypatch, capsys, words, said):
-    monkeypatch.chdir(tmp_path)
-    names = dict(clip=world / "clip.pt", tuned=checkpoint, video=data.videos_below(world / "base")[0])
-    status = evaluate(*(word.format(**names) for word in words))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert status == 2 and lines[-1].startswith("error: ") and said in lines[-1], lines
-
-
-def test_wrong_flags_exit_2():
-    for words in ([], ["--zeroshot", "imagenet"], ["--video", "a.mp4"], ["--check"]):
-        done = subprocess.run([sys.executable, str(Path(evaluation.__file__)), *words], capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
 # ---- real clips ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Training: recipes, schedule, the order of the data, resuming, many processes, bad videos, wrong use."""
+"""Training: recipes, schedule, the order of the data, resuming, many processes, bad videos."""
 
 import dataclasses
 import json
@@ -261,7 +261,7 @@ def test_too_many_bad_videos_stop_the_run(world, tmp_path):
         run(root, tmp_path / "run", "epochs=1")
 
 
-# ---- every method and protocol, and wrong use --------------------------------------------------------------------------
+# ---- every method and protocol ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("protocol, method", [("zeroshot", "tc"), ("supervised", "ila"), ("base2novel", "vifi")])
 def test_protocols(world, tmp_path, protocol, method):
@@ -281,17 +281,3 @@ def test_two_processes_of_one_epoch_and_batch_norm(world, tmp_path):
     assert json.loads((tmp_path / "two" / "results.json").read_text())["tests"]["base"]["videos"] == 40
     delta = read_checkpoint(tmp_path / "two" / "last.pt")["model"]["delta"]
     assert abs(float(delta) - 0.2) < 1e-6
-
-
-@pytest.mark.parametrize("words, said", [
-    (["--dataset", "kinetics"], "known are shapes, hmdb51"), (["--dataset", "hmdb51", "--data", "nowhere"], "nowhere"),
-    (["--dataset", "folder", "--data", "."], "no data there"), (["--set", "shots=99"], "fewer than shots=99"),
-    (["--set", "lr"], "a number"), (["--clip", "ViT-B/17", "--set", "shots=4"], "ViT-B/16"), (["--set", "precision=fp8"], "precision"),
-    (["--method", "tc", "--set", "shots=4", "merge=mean"], "bipartite"), (["--out", "/proc/none/run", "--set", "shots=4"], "/proc/none")])
-def test_wrong_use_ends_in_one_line(world, tmp_path, monkeypatch, capsys, words, said):
-    monkeypatch.chdir(tmp_path)
-    given_data = [] if "--data" in words or "--dataset" in words else ["--data", str(world)]
-    given_out = [] if "--out" in words else ["--out", str(tmp_path / "run")]
-    status = evaluation.run_command(train.main, lambda: train.parse_args(["--protocol", "fewshot", *given_data, *given_out, *words]))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert status == 2 and lines[-1].startswith("error: ") and said in lines[-1], lines

@@ -1,0 +1,352 @@
+"""Wrong uses of train.py and eval.py, and what they are told: one line, exit status 2, nothing written; and --help."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import archives
+import numpy as np
+import pytest
+import torch
+from helpers import MERGES, shared_weights, tiny_clip
+
+import data
+import eval as evaluation
+import train
+from clip_vit import PoolConfig, load_clip
+from ila import ILAConfig
+from video_prompt import TCConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {"train": train, "eval": evaluation}
+
+
+class Code:
+    """Pickled, it asks whoever unpickles it to make a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def write_checkpoints(folder, clip):
+    """Files that train.py might have written, a few of them spoiled."""
+    for method in ("tc", "ila"):
+        recipe = train.resolve_recipe("fewshot", method, "shapes")
+        model = evaluation.build_model(method, load_clip(clip), recipe.frames, recipe.model)
+        content = {"recipe": dataclasses.asdict(recipe), "classes": ["a"], "model": model.state_dict()}
+        torch.save(content, folder / f"{method}.pt")
+    recipe = content["recipe"]
+    older = {key: value for key, value in recipe.items() if key != "short_side"}
+    for name, spoiled in (("older", content | {"recipe": older}), ("bare", {"recipe": recipe}), ("odd", {"recipe": 3}),
+                          ("newer", content | {"recipe": recipe | {"model": {"colour": 3}}}),
+                          ("integers", {1: 2}), ("list", [1]), ("words", {"a": "b"}), ("other", {"a": torch.zeros(1)})):
+        torch.save(spoiled, folder / f"{name}.pt")
+    (folder / "half.pt").write_bytes(Path(clip).read_bytes()[:100_000])
+    (folder / "code.pt").write_bytes(pickle.dumps(Code(str(folder / "was run")), protocol=2))
+
+
+@pytest.fixture(scope="module")
+def things(world, tmp_path_factory):
+    """A folder of what can be given by mistake."""
+    folder = tmp_path_factory.mktemp("things")
+    write_checkpoints(folder, world / "clip.pt")
+    torch.save(tiny_clip(vision_width=64, text_width=64, embed=64).state_dict(), folder / "small.pt")
+    for name, content in (("text", b"hello\nworld\n"), ("empty", b""), ("binary", bytes(range(256)) * 99),
+                          ("broken.json", b"{"), ("gap.csv", b"id,name\n0,a\n2,b\n"),
+                          ("no_header.csv", b"0,a\n1,b\n"), ("two.csv", b"id,name\n0,a\n1,b\n")):
+        (folder / name).write_bytes(content)
+    (folder / "folder").mkdir()
+    archives.hmdb51(folder / "hmdb", train=1)
+    shutil.copytree(folder / "hmdb" / "testTrainMulti_7030_splits", folder / "splits alone" / "splits")
+    shutil.copytree(folder / "hmdb" / "kick", folder / "videos alone" / "kick")
+    (folder / "packed").mkdir()
+    (folder / "packed" / "hmdb51_org.rar").write_bytes(b"Rar!")
+    video = data.videos_below(world / "base")[0]
+    for root, names in (("one each/", "ab"), ("long/train/", "ab"), ("long/test/", ["a", "very " * 20 + "long"])):
+        for name in names:
+            (folder / root / name).mkdir(parents=True)
+            shutil.copy(video, folder / root / name / "v.mp4")
+    for name, file, words in (("torn", "last.pt", b"half"), ("untied", "recipe.json", b"["), ("told", "results.json", b"{")):
+        shutil.copytree(folder / "folder", folder / name)
+        recipe = train.resolve_recipe("fewshot", "tc", "shapes", ["shots=2"], clip=str(world / "clip.pt"))
+        train.save_json(folder / name / "recipe.json", dataclasses.asdict(recipe))
+        (folder / name / file).write_bytes(words)
+    (folder / "sweep" / "tc" / "shots=2").mkdir(parents=True)
+    (folder / "sweep" / "tc" / "shots=2" / "recipe.json").write_text("{}")
+    return folder
+
+
+def snapshot(*folders):
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns)
+            for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def told(script, words, capsys):
+    """The one line that a script ends with after its exit status 2; before it there may be a usage or a progress bar."""
+    module = SCRIPTS[script]
+    try:
+        status = evaluation.run_command(module.main, lambda: module.parse_args(words))
+    except SystemExit as stop:  # argparse's way
+        status = stop.code
+    lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.strip()]
+    assert status == 2, (status, lines)
+    assert [i for i, line in enumerate(lines) if "error: " in line] == [len(lines) - 1], lines
+    assert all(line.startswith(("usage: ", "  ")) or "|" in line for line in lines[:-1]), lines
+    return lines[-1]
+
+
+TRAIN = [  # arguments; {t}: the folder of things, {w}: the miniature world. What the line must hold
+    ("", "--protocol"), ("--protocol fewshots", "invalid choice: 'fewshots'"),
+    ("--method clip", "'tc', 'ila', 'vifi'"), ("--dataset kinetics", "known are shapes, hmdb51"),
+    ("--dataset hmdb51 --data nowhere", "nowhere: no data there"),
+    ("--dataset hmdb51 --data {t}/text", "/text: no data there"), ("--data {t}/text", "/text exists already"),
+    ("--data {t}/hmdb", "add --dataset folder"), ("--data=", "--data is empty"), ("--out=", "--out is empty"),
+    ("--dataset folder --data {t}/folder", "one folder per class"), ("--set", "at least one argument"),
+    ("--set=", "--set is empty"), ("--set =3", "has no ''; known are"), ("--set lr", "lr takes a number"),
+    ("--set epochs=", "a whole number"), ("--set epochs=1e9", "a whole number"), ("--set colour=red", "known are"),
+    ("--set shots=2,,4", "shots takes"), ("--set shots=99", "fewer than shots=99"),
+    ("--set shots=0", "shots=0 must lie between 1"), ("--set seed=a", "seed takes"), ("--set seed=-1", "seed=-1 must"),
+    (f"--set seed={10**30}", "must lie between 0 and 4294967295"), ("--set lr=nan", "lr=nan must"),
+    ("--set lr=inf", "lr=inf must"), ("--set batch=3", "must be even"), ("--set frames=0", "frames=0 must"),
+    ("--method ila --set shots=2 frames=1", "at least 2"), ("--set jitter=2", "between 0 and 1"),
+    ("--set scales=1,0", "scales=(1.0, 0.0)"), ("--set scales=nan", "above 0"),
+    ("--set strengths=1,1", "four numbers"), ("--set short_side=10 shots=2", "at least the model's 32 pixels"),
+    ("--set workers=-1", "workers=-1"), ("--set precision=fp8", "fp32, bf16, fp16"),
+    ("--set probe=true", "--checkpoint FILE"), ("--method ila --set sync_bn=true shots=2", "needs GPUs"),
+    ("--method tc --set shots=2 merge=mean", "bipartite"),
+    ("--method tc --set shots=2 context_tokens=0", "context_tokens is 0"),
+    ("--method tc --set shots=2 reference_blocks=99", "blocks 0 to 3"),
+    ("--method ila --set shots=2 blocks=7-9", "within 1-4"), ("--method ila --set shots=2 num_classes=7", "head of 7"),
+    ("--upstream-labels --set shots=2", "only hmdb51"), ("--merges nowhere.gz", "--merges nowhere.gz: no such file"),
+    ("--checkpoint nowhere.pt", "--checkpoint nowhere.pt: no"), ("--checkpoint=", "--checkpoint is empty"),
+    ("--checkpoint {t}/folder", "/folder: no such file"),
+    ("--method tc --checkpoint {t}/ila.pt --set shots=2", "ila.pt: not weights for this run, but of ila"),
+    ("--method tc --checkpoint {t}/tc.pt --set shots=2 frames=4", "of tc with 8 frames"),
+    ("--method tc --protocol zeroshot --checkpoint {t}/tc.pt --set probe=true", "10 classes for a linear probe of 20"),
+    ("--clip ViT-B/17 --set shots=2", "ViT-L/14@336px"), ("--clip {t}/text --set shots=2", "/text: refused"),
+    ("--clip {t}/empty --set shots=2", "/empty: refused"), ("--clip {t}/half.pt --set shots=2", "half.pt: refused"),
+    ("--clip {t}/code.pt --set shots=2", "code.pt: refused"),
+    ("--clip {t}/folder --set shots=2", "/folder: neither a file nor"),
+    ("--clip {t}/list.pt --set shots=2", "list.pt: not a state_dict"),
+    ("--clip {t}/other.pt --set shots=2", "not CLIP weights"), ("--clip {v} --set shots=2", ".mp4: refused"),
+    ("--out {t}/text --method tc --set shots=2", "/text cannot be made a folder"),
+    ("--out {t}/text --set shots=2", "choose another --out"), ("--out /proc/none/run --set shots=2", "/proc/none/run"),
+    ("--out {t}/hmdb --method tc --set shots=2", "other files and no recipe.json"),
+    ("--out {t}/sweep --method tc --set shots=2", "other files and no recipe.json"),
+    ("--out {t}/torn --set shots=2", "torn is the folder of a single run"),
+    ("--out {t}/torn --method tc --set shots=3", "another run, with shots=2"),
+    ("--out {t}/torn --method tc --set shots=2", "last.pt: refused"),
+    ("--out {t}/untied --method tc --set shots=2", "is damaged"),
+    ("--out {t}/told --method tc --set shots=2", "results.json is damaged"),
+    ("--set shots=2 labels=nowhere.csv", "nowhere.csv: expected"),
+    ("--set shots=2 labels=llm", "labels_llm_labels.json is missing"),
+    ("--set shots=2 labels={t}/gap.csv", "without gaps"),
+    ("--set shots=2 labels={t}/no_header.csv", "the header id,name"),
+    ("--set shots=2 labels={t}/binary", "binary: expected"), ("--set shots=2 labels={t}/two.csv", "2 names, but"),
+    ("--set shots=2 test_list={t}/text", "labels.csv is missing"),
+    ("--dataset folder --data {t}/one_each --clip {w}/clip.pt --set shots=1", "leaves none to test on"),
+    ("--dataset folder --data {t}/long --protocol supervised --clip {w}/clip.pt --set frames=2 context_tokens=2", "does not fit"),
+    ("--dataset hmdb51 --data {t}/videos_alone", "_test_split1.txt is missing"),
+    ("--dataset hmdb51 --data {t}/packed", "is missing"),
+    ("--dataset hmdb51 --data {t}/splits_alone", "none of its 3 videos"),
+    ("--dataset ucf101 --data {t}/hmdb", "testlist01.txt is missing"),
+    ("--dataset hmdb51 --data {t}/hmdb --clip {w}/clip.pt --set shots=9", "fewer than shots=9")]
+EVAL = [
+    ("", "required"), ("--zeroshot imagenet", "invalid choice"), ("--zeroshot shapes --check {w}", "not allowed with"),
+    ("--zeroshot shapes --data nowhere", "nowhere: no data there"), ("--zeroshot shapes --data=", "--data is empty"),
+    ("--zeroshot shapes --data {t}/text", "no data there"),
+    ("--zeroshot hmdb51 --data {t}/splits_alone", "none of its 3"),
+    ("{z} --every 2s", "--every means nothing to --zeroshot"), ("{z} --classes a,b", "--classes means"),
+    ("{z} --frames 4", "--frames means"), ("{z} --train", "--train means"), ("{z} --workers=-1", "--workers -1"),
+    ("{z} --batch 0", "--batch 0"), (f"{{z}} --batch {10**20}", "must lie between 1 and"),
+    ("{z} --upstream-labels", "only hmdb51"),
+    ("{z} --checkpoint {t}/older.pt", "older.pt: not weights that can be used: no short_side"),
+    ("{z} --checkpoint {t}/newer.pt", "'colour'"), ("{z} --checkpoint {t}/bare.pt", "no model, classes in it"),
+    ("{z} --checkpoint {t}/odd.pt", "odd.pt: not weights"),
+    ("{z} --checkpoint {t}/integers.pt", "integers.pt: not weights"),
+    ("{z} --checkpoint {t}/list.pt", "list.pt: not weights"),
+    ("{z} --checkpoint {t}/words.pt", "words.pt: not weights"), ("{z} --checkpoint {t}/other.pt", "not CLIP weights"),
+    ("{z} --checkpoint {t}/code.pt", "code.pt: refused"), ("{z} --checkpoint {t}/half.pt", "half.pt: refused"),
+    ("{z} --checkpoint {t}/empty", "/empty: refused"), ("{z} --checkpoint {t}/folder", "/folder: no such file"),
+    ("{z} --checkpoint nowhere.pt", "nowhere.pt: no such file"), ("{z} --checkpoint=", "--checkpoint is empty"),
+    ("{z} --ensemble 0.5", "of a --checkpoint"), ("{z} --checkpoint {t}/tc.pt --ensemble nan", "--ensemble nan"),
+    ("{z} --checkpoint {t}/tc.pt --ensemble 7", "between 0 and 1"),
+    ("{z} --checkpoint {t}/tc.pt --ensemble 0.5 --clip {t}/small.pt", "give its --clip"),
+    ("{z} --merges nowhere", "--merges nowhere"),
+    ("{z} --temporal nowhere.txt", "--temporal nowhere.txt: no such file"),
+    ("{z} --temporal {t}/folder", "/folder: no such"), ("{z} --temporal {t}/binary", "binary: expected text"),
+    ("{z} --static {t}/text", "not one: hello, world"), ("{z} --labels nowhere.csv", "nowhere.csv: expected"),
+    ("{z} --labels {t}/folder", "/folder: expected"), ("{z} --labels {t}/two.csv", "2 names, but base has 20 classes"),
+    ("{z} --picture a.xyz", "must end in .png"), ("{z} --picture {t}/folder", "--picture"),
+    ("{z} --json {t}/folder", "--json"), ("{z} --json nowhere/a.json", "nowhere/a.json"),
+    ("{z} --picture nowhere/a.png", "nowhere/a.png"), ("--check", "expected one argument"),
+    ("--check=", "--check is empty"), ("--check nowhere", "nowhere: no videos"),
+    ("--check {t}/text", "/text: no videos"), ("--check {w} --json a.json", "--json means nothing to --check"),
+    ("--video x.mp4", "--video needs --classes"), ("--video x.mp4 --classes ,", "--classes ','"),
+    ("--video x.mp4 --classes a", "x.mp4: no such video"),
+    ("--video {t}/folder --classes a", "or a folder without any"), ("--video {v} x.mp4 --classes a", "x.mp4"),
+    ("--video {t}/text --classes a --clip {w}/clip.pt", "/text: "),
+    ("--video {w}/base --classes a --picture p.png", "draws one video"),
+    ("--video {v} --classes=", "--classes is empty"), ("--video {v} --classes nowhere.txt", "nowhere.txt: expected"),
+    ("--video {v} --classes {t}/folder", "/folder: expected"),
+    ("--video {v} --classes {t}/binary", "/binary: expected"), ("--video {v} --classes {t}/empty", "one per line"),
+    ("--video {v} --classes {t}/broken.json", "broken.json: expected"),
+    ("--video {v} --classes a --data d", "--data means"),
+    ("--video {v} --classes a --temporal {t}/text", "--temporal means"),
+    ("--video {v} --classes a --num-classes 3", "--num-classes"),
+    ("--video {v} --classes a --clip nowhere.pt", "nowhere.pt"),
+    ("--video {v} --classes a --checkpoint {v}", "refused"),
+    (f"--video {{v}} --classes {'a' * 40} --checkpoint {{t}}/tc.pt", "does not fit"),
+    ("--video {v} --classes a --every 0", "not a time"),
+    ("--video {v} --classes a --every=-2s", "'-2s' is not a time"),
+    ("--video {v} --classes a --every 2h", "2s, 500ms"), ("--benchmark --frames 0", "--frames 0"),
+    ("--benchmark --clip nowhere.pt", "nowhere.pt: neither"),
+    ("--benchmark --clip {w}/clip.pt --frames 1", "at least 2"), ("--benchmark --json a.json", "--json means nothing"),
+    ("--benchmark --checkpoint {t}/tc.pt", "--checkpoint means nothing to --benchmark")]
+
+
+@pytest.mark.parametrize("script, words, said", [("train", *case) for case in TRAIN] + [("eval", *case) for case in EVAL])
+def test_wrong_use_is_told_in_one_line(script, words, said, world, things, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = dict(t=things, w=world, v=data.videos_below(world / "base")[0], z=f"--zeroshot\0shapes\0--data\0{world}")
+    words = [word.replace("_alone", " alone").replace("_each", " each") if word.startswith(str(things)) else word
+             for part in words.split() for word in part.format(**names).split("\0")]
+    if script == "train" and words:
+        words = ["--protocol", "fewshot", *words] if "--protocol" not in words else words
+        words = [*words, *([] if "--data" in " ".join(words) else ["--data", str(world)]),
+                 *([] if "--out" in " ".join(words) else ["--out", str(tmp_path / "run")])]
+    if words and not {"--clip", "--checkpoint", "--benchmark"} & {*words} and ("--video" in words or "hmdb51" in words):
+        words += ["--clip", "nowhere.pt"]  # nothing may be loaded, let alone downloaded, before the mistake is seen
+    before = snapshot(tmp_path, things, world)
+    assert said in told(script, words, capsys)
+    assert snapshot(tmp_path, things, world) == before and not (things / "was run").exists()
+
+
+def test_a_released_checkpoint_with_another_clip(world, things, tmp_path, capsys):
+    from test_tc import released_state
+    state, _ = released_state(shared_weights(), "tiny", 1)
+    state["prompt_learner.ctx"] = np.zeros((4, 512))
+    torch.save({key: torch.as_tensor(value).float() for key, value in state.items()}, tmp_path / "released.pth")
+    video = data.videos_below(world / "base")[0]
+    for clip in (world / "clip.pt", things / "small.pt"):
+        line = told("eval", ["--video", video, "--classes", "a,b", "--checkpoint", str(tmp_path / "released.pth"),
+                             "--clip", str(clip), "--merges", str(MERGES if MERGES.is_file() else clip)], capsys)
+        assert "released.pth: not weights that can be used" in line
+
+
+# ---- what is nobody's mistake ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(
+    "Unable to allocate 1 GiB for an array"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that")])
+def test_too_little_memory_is_told_in_one_line(error, capsys):
+    def main(_):
+        raise error
+    assert evaluation.run_command(main, lambda: None) == 2
+    assert re.fullmatch(r"error: memory is out: lower micro_batch .*--batch.*\n", capsys.readouterr().err)
+
+
+def test_a_bug_keeps_its_traceback():
+    def main(_):
+        raise RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        evaluation.run_command(main, lambda: None)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="none of its 4 GPUs: lower --nproc_per_node"):
+        evaluation.start_processes()
+
+
+def launch(script, *words, **kind):
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+    return subprocess.Popen([sys.executable, str(ROOT / f"{script}.py"), *map(str, words)], text=True, env=settings,
+                            stderr=subprocess.PIPE, start_new_session=True, **kind)
+
+
+@pytest.mark.parametrize("script", ["train", "eval"])
+def test_interrupted_at_the_keyboard(script, world, tmp_path):
+    """Ctrl-C reaches all processes of a terminal, the loader's workers too."""
+    words = {"train": ["--protocol", "fewshot", "--data", world, "--out", tmp_path / "run", "--method", "vifi", "--set",
+                       "shots=4", "workers=1", "keep_decoded=false", "epochs=500"],
+             "eval": ["--check", world, "--workers", "1"]}[script]
+    with launch(script, *words, stdout=subprocess.DEVNULL) as process:
+        seen = ""
+        while not re.search(r" [1-9]\d*/\d+ \[", seen):  # the progress bar: it is under way
+            seen += process.stderr.read(1)
+            assert process.poll() is None, seen
+        os.killpg(process.pid, signal.SIGINT)
+        seen += process.stderr.read()
+        assert process.wait(timeout=60) == 130, seen
+    lines = [line for line in re.split(r"[\r\n]", seen) if line.strip() and "|" not in line]
+    assert len(lines) == 1 and lines[0].startswith("interrupted; "), seen
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_nobody_reads_the_output(world, tmp_path):
+    (tmp_path / "bad").mkdir()
+    for i in range(300):  # more lines than a pipe or a buffer holds back
+        (tmp_path / "bad" / f"{'x' * 200}{i}.mp4").touch()
+    for folder in (tmp_path / "bad", world):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with launch("eval", "--check", folder, "--workers", "0", stdout=writing) as process:
+            os.close(writing)
+            error = process.stderr.read()
+        assert process.returncode == 141 and "Traceback" not in error and "Exception" not in error, error
+
+
+def test_a_full_disk_under_the_output(world):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    with open("/dev/full", "w") as full, launch("eval", "--check", world, "--workers", "0", stdout=full) as process:
+        error = process.stderr.read()
+    assert process.returncode == 2 and "error: [Errno 28]" in error.splitlines()[-1], error
+
+
+# ---- help --------------------------------------------------------------------------------------------------------------
+
+def help_of(script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with contextlib.suppress(SystemExit):
+        SCRIPTS[script].parse_args(["--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_two_screens_and_every_flag_says_its_default(script, monkeypatch, capsys):
+    flags, add = [], argparse._ActionsContainer.add_argument
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument",
+                        lambda *a, **k: flags.append(k | {"name": a[1]}) or add(*a, **k))
+    text = help_of(script, monkeypatch, capsys)
+    lines = text.splitlines()
+    assert len(lines) <= 100 and max(map(len, lines)) <= 100, (len(lines), [line for line in lines if len(line) > 100])
+    tasks = ("-h", "--zeroshot", "--video", "--check", "--benchmark")  # of which one is needed
+    for flag in flags:
+        assert flag["name"] in tasks or re.search("default|needed", flag["help"]), flag
+
+
+def test_help_lists_every_override_with_its_default(monkeypatch, capsys):
+    text = help_of("train", monkeypatch, capsys)
+    for config in (train.Recipe, TCConfig, ILAConfig, PoolConfig):
+        for name, (_, default) in train.knobs(config).items():
+            match = re.search(rf"(?:^|  ){name}=(.*?)  \S", text, re.MULTILINE)
+            assert match, name
+            words = match[1].strip()
+            kinds = {bool: lambda: words == str(default).lower(), tuple: lambda: words == ",".join(map(str, default)),
+                     str: lambda: name == "prompt" or words == default, type(None): lambda: words == "None"}
+            assert name == "frames" or kinds.get(type(default), lambda: float(words) == default)(), (name, words, default)

@@ -1,0 +1,119 @@
+"""The README: every command in it runs, on local stand-ins for what would be downloaded; its pictures and files exist."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import archives
+import av
+import pytest
+import torch
+from helpers import tiny_clip
+
+import data
+import eval as evaluation
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"(?:torchrun [^\n`]*?|python )((?:train|eval)\.py [^\n`#]*[^\s`#])", README)))
+TOY = "epochs=1 batch=32 micro_batch=16 frames=4 short_side=32 clips=1 crops=1 workers=0"
+OPTIONS = {"tc": "context_tokens=4 text_length=77 prompt=pic", "vifi": "prompt=pic", "ila": ""}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder as the README has it in mind: data/, runs/ and some videos; tiny, with a CLIP of random weights."""
+    home = tmp_path_factory.mktemp("home")
+    for archive, train_videos in ((archives.hmdb51, 16), (archives.ucf101, 16), (archives.k400, 2), (archives.k600, 1), (archives.ssv2, 2)):
+        archive(home / "data" / archive.__name__, classes=2, train=train_videos, test=1)
+    torch.save(tiny_clip(context=77).state_dict(), home / "clip.pt")
+    videos = [path for path in data.videos_below(home / "data" / "ucf101")]
+    for name in ("my_videos/walk", "my_videos/run", "folder"):
+        (home / name).mkdir(parents=True)
+        for i, path in enumerate(videos[:6]):
+            (home / name / f"{i}.avi").symlink_to(path)
+    for name in ("clip.mp4", "a.mp4", "b.webm", "long.mp4"):
+        (home / name).symlink_to(videos[0])
+    (home / "classes.txt").write_text("walk\nrun\n")
+    kinetics = data.load_tests("k400", home / "data" / "k400")["val"].classes
+    for name, words in (("temporal", kinetics[:1]), ("static", kinetics[1:])):
+        (home / f"{name}.txt").write_text("\n".join(words))
+    described = json.dumps({str(i): f"{i}: a person does what class {i} is about" for i in range(2)})
+    for dataset, name in (("k400", "kinetics_400_llm_labels"), ("hmdb51", "hmdb_51_llm_labels"), ("ucf101", "ucf_101_llm_labels"),
+                          *(("k600", f"ZS_split{i}_K600_llm_labels") for i in (1, 2, 3))):
+        (home / "data" / dataset / f"{name}.json").write_text(described)
+    return home
+
+
+@pytest.fixture(scope="module")
+def runs(home):
+    """The checkpoints that the README's commands start from: a TC-CLIP and an ILA of Kinetics."""
+    for method, name in (("tc", "k400"), ("ila", "ila")):
+        words = ["--protocol", "supervised", "--dataset", "k400", "--data", home / "data" / "k400", "--clip", home / "clip.pt",
+                 "--method", method, "--out", home / "runs" / name, "--set", *TOY.split(), *OPTIONS[method].split()]
+        assert train.main(train.parse_args(list(map(str, words)))) == 0
+    return home / "runs"
+
+
+def test_the_readme_names_commands_of_every_kind():
+    assert len(COMMANDS) > 15
+    for words in ("zeroshot", "fewshot", "base2novel", "supervised", "--zeroshot", "--video", "--check", "--benchmark"):
+        assert any(words in command for command in COMMANDS), words
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "train.py --protocol fewshot"])
+def test_every_command_runs(home, runs, monkeypatch, capsys, command):
+    """As written, but with the stand-in CLIP, and in training with toy settings for all that the command leaves open."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(evaluation, "memory_of", lambda variant, args: 1.0)  # a process each; tested in test_pictures.py
+    script, *words = shlex.split(command)
+    words = [f"{word}-{COMMANDS.index(command)}" if before == "--out" else word for before, word in zip(["", *words], words)]
+    if "--dataset" in words or script == "eval.py":
+        words += ["--clip", "clip.pt"] if "--check" not in words and "--help" not in words else []
+    else:  # the miniature world
+        monkeypatch.setattr(train, "prepare_miniature", miniature)
+    if script == "train.py" and "--help" not in words:
+        method = words[words.index("--method") + 1] if "--method" in words else "tc"
+        own = {word.partition("=")[0] for word in words}
+        toy = [word for word in f"{TOY} {OPTIONS[method]} num_classes=2 shots=1".split()
+               if word.partition("=")[0] not in own and not ("num_classes" in word and (method != "ila" or "ssv2" not in words
+                                                                                       or "probe=true" in words))]
+        words += ["--set", *toy]
+        words += [] if "--method" in words or "--dataset" in words else ["--method", "tc"]
+    if "--benchmark" in words:
+        words += ["--frames", "4", "--repeats", "1", "--num-classes", "3", "--batch", "1"]
+    main, parse = (train.main, train.parse_args) if script == "train.py" else (evaluation.main, evaluation.parse_args)
+    if "--help" in words:
+        with pytest.raises(SystemExit, match="0"):
+            parse(words)
+        return
+    assert evaluation.run_command(main, lambda: parse(words)) == 0, capsys.readouterr().err
+
+
+def miniature(root, device):
+    """A world of one clip per class in place of the whole one."""
+    if not root.exists():
+        data.write_shapes(root, seed=0, shots_max=1, base_clips=1, novel_clips=1)
+        torch.save(tiny_clip().state_dict(), root / "clip.pt")
+
+
+def test_the_first_command_is_the_default_of_train(monkeypatch):
+    """It is run whole by .ci/run; here: nothing else has to be given."""
+    args = train.parse_args(["--protocol", "fewshot"])
+    assert [recipe.method for recipe in train.recipes_of(args, "shapes", Path("data/shapes"), Path("runs")).values()] == ["vifi", "tc"]
+    assert "torchrun --nproc_per_node=1 train.py --protocol fewshot" in README and "pip install ." in README
+
+
+def test_what_the_readme_points_at_is_there():
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert len(pictures) >= 4 and all((ROOT / picture).is_file() for picture in pictures)
+    for name in re.findall(r"`([\w/]+\.py)`", README):
+        assert (ROOT / name).is_file() or (ROOT / "tests" / name).is_file(), name
+    for name in re.findall(r"`--([\w-]+)`", README):
+        assert f'"--{name}"' in (ROOT / "train.py").read_text() + (ROOT / "eval.py").read_text(), name
+    knobs = {**train.knobs(train.Recipe)} | {name: 0 for _, config in evaluation.METHODS.values() for name in train.knobs(config)}
+    for name in re.findall(r"`(\w+)=[^`]*`", README):
+        assert name in knobs, name
+    assert av.__version__ >= "18.1"
