@@ -492,8 +492,8 @@ def clip_weights(checkpoint):
     for key in ("model", "state_dict"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"not a state_dict but a {type(checkpoint).__name__}")
+    if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
+        raise ValueError(f"not a state_dict of named tensors but a {type(checkpoint).__name__}")
     if any(key.startswith("clip.") for key in checkpoint):
         checkpoint = {key[5:]: value for key, value in checkpoint.items() if key.startswith("clip.")}
     facts = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's archives hold as tensors

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -805,6 +806,10 @@ def heed_parent_alone(_):
         while parent.is_alive() and (told is None or told.si_pid != parent.pid):
             told = signal.sigtimedwait({signal.SIGTERM}, 5)  # seconds
         os._exit(0)
+    def tell(kind, error, trace):  # but not that the process which waited for a batch has gone
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            sys.__excepthook__(kind, error, trace)
+    sys.excepthook = tell
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=wait, daemon=True).start()
 

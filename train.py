@@ -770,7 +770,7 @@ def runs_of(protocol, settings):
 def recipes_of(args, dataset, root, out):
     """{run folder: recipe} of all that a command asks for; the folder is `out` itself for a single run with --out."""
     methods = [args.method or "tc"]
-    given = dict(clip=args.clip, merges=args.merges, checkpoint=args.checkpoint, upstream_labels=args.upstream_labels)
+    given = {key: getattr(args, key) for key in ("clip", "merges", "checkpoint", "upstream_labels", "compile")}
     if dataset == "shapes":
         methods = [args.method] if args.method else ["vifi", "tc"]
         given["clip"] = args.clip or str(root / "clip.pt")
@@ -839,7 +839,7 @@ def parse_args(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="\n".join(known))
     flag = parser.add_argument
-    flag("--protocol", required=True, choices=PROTOCOLS, help="how is trained and tested; needed")
+    flag("--protocol", required=True, choices=PROTOCOLS, help="the papers' experiment; needed")
     flag("--method", choices=evaluation.METHODS, help="default tc; on the miniature, vifi and tc")
     flag("--dataset", help=f"one of {', '.join(data.DATASETS)}; default shapes, the miniature world")
     flag("--data", metavar="DIR", help="folder of the data; default data/DATASET")
@@ -847,6 +847,7 @@ def parse_args(arguments=None):
     flag("--merges", metavar="FILE", help="CLIP's BPE merges; default: the cache folder's, downloaded once")
     flag("--checkpoint", metavar="FILE", help="weights of this method to start from, the papers' (P); default: CLIP's")
     flag("--upstream-labels", action="store_true", help="HMDB-51: the published names, four swapped; default: right")
+    flag("--compile", action="store_true", help="torch.compile the training step; default: not")
     flag("--out", metavar="DIR", help="run folder; default runs/DATASET-PROTOCOL/METHOD. The same command resumes")
     flag("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides, listed below; "
          "shots=2,4,8 or seed=1,2,3 are so many runs; default: none")

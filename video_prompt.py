@@ -47,7 +47,7 @@ class TCConfig:
     """What TC-CLIP is made of; the defaults are the paper's."""
 
     frames: int = 16  # T, needed by joint positions
-    context_tokens: int = 96  # k
+    context_tokens: int = 96  # k: all that the frames hand on to the next block
     seed_ratio: float = 0.3  # alpha: the share of a frame's patches that become seeds
     merge_step: int = 100  # r: pairs merged by one bipartite round
     positions: str = "space"  # space: the same for all frames; joint: one per frame and token
@@ -68,7 +68,7 @@ class TCConfig:
                             ("merge", ("bipartite", "none", "random", "kmeans", "dpc-knn"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
-        for name in ("frames", "context_tokens", "merge_step"):
+        for name in ("frames", "context_tokens", "merge_step", "text_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if len(self.prompt_blocks) != len(self.context_blocks) or not self.prompt_blocks:
