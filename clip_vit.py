@@ -282,7 +282,8 @@ class FramePool(nn.Module):
 
     def forward(self, video):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
-        assert self.tokens is not None, "no classes yet: call set_classes(names) first"
+        if self.tokens is None:
+            raise ValueError("no classes yet: call set_classes(names) first")
         text = self.text_cache(lambda: self.clip.encode_text(self.tokens), changing=self.training)  # (C,E)
         logits = cosine_logits(self.encode_video(video), text, self.clip.logit_scale)
         return logits, logits.new_zeros(())

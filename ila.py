@@ -244,12 +244,14 @@ def along_tracks(block, x, time):
 
 def shifted(block, x, _):
     """TSM, in the attention branch: an eighth of the channels from the frame before, an eighth from the one after."""
-    y = block.ln_1(x)
-    before, after, still = y.tensor_split([y.shape[-1] // 8, y.shape[-1] // 4], dim=-1)
-    before, after = F.pad(before[:, :-1], (0, 0, 0, 0, 1, 0)), F.pad(after[:, 1:], (0, 0, 0, 0, 0, 1))  # 0 at the ends
-    y = torch.cat([before, after, still], dim=-1).flatten(0, 1)  # (B*T,N,D)
-    x = x + block.attn(y, y).view_as(x)
-    return x + block.mlp(block.ln_2(x))
+    def compute(x):
+        y = block.ln_1(x)
+        before, after, still = y.tensor_split([y.shape[-1] // 8, y.shape[-1] // 4], dim=-1)
+        before, after = F.pad(before[:, :-1], (0, 0, 0, 0, 1, 0)), F.pad(after[:, 1:], (0, 0, 0, 0, 0, 1))  # 0 at the ends
+        y = torch.cat([before, after, still], dim=-1).flatten(0, 1)  # (B*T,N,D)
+        x = x + block.attn(y, y).view_as(x)
+        return x + block.mlp(block.ln_2(x))
+    return block.run(compute, x)
 
 
 RIVALS = {  # name: (what builds a layer from width and frames, what runs it: (block, x, layer) -> x')

@@ -98,7 +98,7 @@ def take(rows, index):
 class ContextTower(nn.Module):
     """CLIP's vision tower with temporal context. Holds what CLIP lacks; the CLIP weights come with each call.
 
-    `config` is a TCConfig (video_prompt.py). `context_blocks` are the blocks whose context somebody will read.
+    `config` is a TCConfig (video_prompt.py). `context_blocks` are the blocks whose context the text will read.
     """
 
     def __init__(self, visual, config, context_blocks):
@@ -108,7 +108,8 @@ class ContextTower(nn.Module):
         self.seeds = int((N - 1) * config.seed_ratio)  # S
         looking = range(1, len(blocks)) if config.reference_blocks is None else config.reference_blocks
         self.looking = {i % len(blocks) for i in looking} if config.reference != "none" else set()  # at references
-        self.summarising = {i % len(blocks) for i in context_blocks}  # these blocks make a context
+        self.read = {i % len(blocks) for i in context_blocks}
+        self.summarising = set(self.read)  # these blocks make a context
         if config.reference == "context":
             self.summarising |= {i - 1 for i in self.looking}
         if 0 in self.looking or not 1 <= self.seeds < N:
@@ -123,7 +124,7 @@ class ContextTower(nn.Module):
             visual.positional_embedding.requires_grad_(False)
 
     def forward(self, visual, video):
-        """video (B,T,3,R,R) -> frame features (B,T,E), {block: context (B,k,E)}, {block: Summary}."""
+        """video (B,T,3,R,R) -> frame features (B,T,E), {read block: context (B,k,E)}, {block: Summary}."""
         positions = self.positions if self.config.positions == "joint" else visual.positional_embedding
         if self.config.positions == "joint" and video.shape[1] != self.config.frames:
             raise ValueError(f"the video has {video.shape[1]} frames; this model was made for {self.config.frames}")
@@ -134,8 +135,9 @@ class ContextTower(nn.Module):
             last = i == len(visual.transformer.resblocks) - 1
             tokens, context, summary = block.run(self.block, block, i, last, tokens, context)
             if summary is not None:
-                contexts[i], summaries[i] = context, summary
-        contexts = {i: visual.ln_post(context) @ visual.proj for i, context in contexts.items()}  # (B,k,E)
+                summaries[i] = summary
+            if i in self.read:
+                contexts[i] = visual.ln_post(context) @ visual.proj  # (B,k,E)
         return visual.ln_post(tokens[:, :, 0]) @ visual.proj, contexts, summaries
 
     def block(self, block, i, last, tokens, context):

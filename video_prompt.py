@@ -121,7 +121,8 @@ class TCCLIP(nn.Module):
 
     def forward(self, video):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
-        assert self.tokens is not None, "no classes yet: call set_classes(names) first"
+        if self.tokens is None:
+            raise ValueError("no classes yet: call set_classes(names) first")
         frames, contexts, _ = self.vision(self.clip.visual, video)  # (B,T,E), {block: (B,k,E)}
         if self.config.stop_gradient:  # c = SG(context tokens, projected to E) [paper]
             contexts = {i: context.detach() for i, context in contexts.items()}

@@ -311,7 +311,7 @@ def kept_bytes(model, video):
 
 @pytest.mark.parametrize("method, settings", [
     ("tc", {}), ("tc", {"merge": "random"}), ("tc", {"prompt_blocks": (0,), "context_blocks": (1,)}), ("ila", {}),
-    ("ila", {"form": "released"}), ("ila", {"num_classes": 3}), ("vifi", {})])  # num_classes: with dropout
+    ("ila", {"form": "released"}), ("ila", {"num_classes": 3}), ("ila", {"rival": "shift"}), ("vifi", {})])  # num_classes: with dropout
 def test_checkpointing_gives_equal_gradients_from_less_memory(method, settings):
     plain = small(method, torch.float64, **settings)
     lean, video = copy.deepcopy(plain), torch.randn(2, 8, 3, 32, 32, dtype=torch.float64)

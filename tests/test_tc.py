@@ -241,6 +241,19 @@ def test_text_is_computed_once_in_eval_and_every_time_in_training():
     assert model(video.float())[0].shape == (2, 2)
 
 
+def test_without_classes_the_error_says_so():
+    for model in (TCCLIP(tiny_clip(), TCConfig(frames=3, prompt="a pic")), FramePool(tiny_clip(), PoolConfig("a pic"))):
+        with pytest.raises(ValueError, match="set_classes"):
+            model(clips(dtype=torch.float32))
+
+
+def test_only_the_contexts_that_the_text_reads_are_projected():
+    model = make(prompt_blocks=(0, 1), context_blocks=(-1, 1))
+    _, contexts, summaries = model.vision(model.clip.visual, clips())
+    blocks = len(model.clip.visual.transformer.resblocks)
+    assert set(contexts) == {1, blocks - 1} and set(summaries) == set(range(blocks))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_precisions(dtype):
     model, exact = make(dtype=dtype), make()
