@@ -183,9 +183,14 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def start_processes():
-    """Joins the other processes of a torchrun, if there are any; the device of this one."""
-    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+def start_processes(kind=None):
+    """Joins the other processes of a torchrun, if there are any; the device of this one.
+
+    kind: "cuda" or "cpu"; None: a GPU where there is one. Raises ValueError where there are too few GPUs.
+    """
+    cuda, local = torch.cuda.is_available() and kind != "cpu", int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda" and not cuda:
+        raise ValueError("--device cuda: PyTorch finds no GPU here")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda and local >= torch.cuda.device_count():
         raise ValueError(f"process {local + 1} of this node has none of its {torch.cuda.device_count()} GPUs: lower "
@@ -628,7 +633,7 @@ def one_pass(model, video, args):
 
 def peak_memory(variant, args):
     """The highest memory of one pass, in GB; to be run in a process of its own."""
-    device = start_processes()
+    device = start_processes(args.device)
     model = benchmark_model(variant, args, device)
     side = model.clip.visual.resolution
     one_pass(model, torch.randn(args.batch, args.frames, 3, side, side, device=device), args)
@@ -650,7 +655,7 @@ def memory_of(variant, args):
 def benchmark(args):
     """The methods side by side in one run: parameters, multiply-adds, time and memory, each against frame pooling."""
     args.batch = args.batch or 2
-    device = start_processes()
+    device = start_processes(args.device)
     models = {variant: benchmark_model(variant, args, device) for variant in VARIANTS}
     base, side = "frame pooling", models["frame pooling"].clip.visual.resolution
     video, seconds = torch.randn(args.batch, args.frames, 3, side, side, device=device), {name: [] for name in models}
@@ -726,7 +731,7 @@ def chosen_model(args, default_clip):
         base = build_model(recipe["method"], load_clip(args.clip or recipe["clip"], args.merges), recipe["frames"],
                            recipe["model"])
         model.load_state_dict(ensemble(base.state_dict(), model.state_dict(), args.ensemble))
-    return model.to(start_processes()), recipe
+    return model.to(start_processes(args.device)), recipe
 
 
 def describe_scores(name, score):
@@ -751,7 +756,7 @@ def class_list(path, classes):
 def zeroshot(args):
     """Accuracy on every test set of a dataset; over several splits also their mean and standard deviation."""
     root = Path(args.data or f"data/{args.zeroshot}")
-    start_processes()
+    start_processes(args.device)
     tests = data.load_tests(args.zeroshot, root, labels=args.labels or "", upstream_labels=args.upstream_labels)
     subsets = {kind: path for kind, path in (("temporal", args.temporal), ("static", args.static)) if path}
     subsets = {kind: class_list(path, next(iter(tests.values())).classes) for kind, path in subsets.items()}
@@ -913,7 +918,7 @@ def duration(words):
 TASKS_OF = {name: tasks for names, tasks in (  # the tasks that heed a flag; what is not here goes with all
     ("data labels upstream_labels temporal static", ("zeroshot",)), ("classes every", ("video",)),
     ("checkpoint ensemble json picture", ("zeroshot", "video")), ("frames num_classes repeats train", ("benchmark",)),
-    ("clip merges batch precision", ("zeroshot", "video", "benchmark"))) for name in names.split()}
+    ("clip merges batch precision device", ("zeroshot", "video", "benchmark"))) for name in names.split()}
 
 
 def check_flags(parser, args):
@@ -985,6 +990,7 @@ def parse_args(arguments=None):
     flag("--merges", metavar="FILE", help="CLIP's BPE merges; default: the cache folder's, downloaded once")
     flag("--batch", type=int, help="videos (or windows) per pass; default 8, in the benchmark 2")
     flag("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default %(default)s")
+    flag("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     flag("--workers", type=int, default=min(8, os.cpu_count()), help="loader processes; default %(default)s")
     return check_task(parser, check_flags(parser, parser.parse_args(arguments)))
 

@@ -120,13 +120,13 @@ def collectives(_):
     torch.multiprocessing.spawn(collective, (29_876,), nprocs=2)
 
 
-def one_step(method, checkpointing, results):
-    """Peak memory in GB and seconds of forward and backward on 8 frames of 224 x 224, 50 classes, at ViT-B/16."""
+def one_step(method, checkpointing, batch, results):
+    """Memory in GB before and at most, and seconds, of forward and backward on videos of 8 frames, 50 classes, ViT-B/16."""
     model = evaluation.build_model(method, tiny_clip(**B16), 8, SETTINGS[method]).train()
     model.set_classes([f"{i:07d}" for i in range(50)])
     for block in (module for module in model.modules() if isinstance(module, Block)):
         block.checkpointing = checkpointing
-    video = torch.randn(1, 8, 3, 224, 224)
+    video = torch.randn(batch, 8, 3, 224, 224)
     def status():  # GB: resident now, and at most so far
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return [int(lines[name].split()[0]) / 1e6 for name in ("VmRSS", "VmHWM")]
@@ -141,18 +141,22 @@ def one_step(method, checkpointing, results):
 
 def memory(_):
     context = multiprocessing.get_context("spawn")
+    print("memory, ViT-B/16, 8 frames, fp32, weights and gradients included: GB at most")
+    print(f"{'':22}{'1 video':>9}{'a further one':>15}{'seconds':>9}{'ratio':>7}")
     for method in SETTINGS:
-        found = []
+        plain = None
         for checkpointing in (False, True):
-            results = context.SimpleQueue()
-            child = context.Process(target=one_step, args=(method, checkpointing, results))
-            child.start()
-            found.append(results.get())
-            child.join()
-        (before, peak, seconds), (_, lean, longer) = found
-        print(f"memory, {method}, ViT-B/16, 8 frames, batch 1: peak {peak:.2f} GB, checkpointing {lean:.2f} GB "
-              f"({before:.2f} of it before the step); {seconds:.1f} s a step, checkpointing {longer:.1f} s: "
-              f"x {longer / seconds:.2f}", flush=True)
+            found = []
+            for batch in (1, 3):
+                results = context.SimpleQueue()
+                child = context.Process(target=one_step, args=(method, checkpointing, batch, results))
+                child.start()
+                found.append(results.get())
+                child.join()
+            (_, one, seconds), (_, three, _) = found
+            plain = plain or seconds
+            print(f"{method + ', checkpointing' * checkpointing:22}{one:9.2f}{(three - one) / 2:15.2f}{seconds:9.1f}"
+                  f"{seconds / plain:7.2f}", flush=True)
 
 
 def compile(_):

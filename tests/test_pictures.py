@@ -183,6 +183,9 @@ def test_the_benchmark_stands_beside_the_papers(tmp_path, capsys, monkeypatch):
     assert evaluate(*words) == 0
     assert [line[column:column + 7].strip() for line in capsys.readouterr().out.splitlines()[2:6]] == ["", "", "295", ""]
     assert evaluate("--benchmark", "--clip", "nowhere.pt") == 2
+    assert evaluate(*words, "--device", "cpu") == 0 and "fp32, CPU" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert evaluate(*words, "--device", "cuda") == 2 and "finds no GPU" in capsys.readouterr().err
 
 
 def test_memory_is_measured_in_a_process_of_its_own(world):
