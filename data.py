@@ -146,6 +146,14 @@ def _restarts(packet):
     return False
 
 
+def _decode(codec, packet):
+    """The frames that a packet decodes to (None: those that the decoder still holds), or None where it is damaged."""
+    try:
+        return codec.decode(packet)
+    except av.InvalidDataError:
+        return None
+
+
 def _skim(codec, packets, stamps, wanted, convert):
     """Decode h264 without the frames that neither `wanted` nor the decoder needs -> {position: image}; None if damaged.
 
@@ -161,36 +169,25 @@ def _skim(codec, packets, stamps, wanted, convert):
         if needed:
             chosen.append((packet, keep))
         needed = needed and not _restarts(packet)
-    for packet, keep in [*reversed(chosen), (None, True)]:  # None: what the decoder still holds
+    for packet, keep in [*reversed(chosen), (None, True)]:
         codec.skip_frame = "DEFAULT" if keep else "NONREF"
-        try:
-            decoded = codec.decode(packet)
-        except av.InvalidDataError:
+        decoded = _decode(codec, packet)
+        if decoded is None or any(frame.is_corrupt or frame.pts not in rank for frame in decoded):
             return None
         for frame in decoded:
-            position = rank.get(frame.pts)
-            if position is None or frame.is_corrupt:
-                return None
+            position = rank[frame.pts]
             missing.discard(position)
             if position in wanted:
                 images[position] = convert(frame)
     return None if missing else images
 
 
-def _decode(codec, packets):
-    """The list of frames that each packet decodes to, None where it is damaged; last what the decoder still holds."""
-    for packet in chain(packets, [None]):
-        try:
-            yield codec.decode(packet)
-        except av.InvalidDataError:
-            yield None
-
-
 def _count(codec, packets, wanted, convert, total=None):
     """Decode in order -> ({position: image}, total). Stops at the last of `wanted` if a `total` is given and no packet
     is bad; else goes on to the end, to count what decodes."""
     images, seen = {}, 0
-    for decoded in _decode(codec, packets):
+    for packet in [*packets, None]:
+        decoded = _decode(codec, packet)
         total = None if decoded is None else total
         for frame in decoded or ():
             if seen in wanted:
@@ -248,7 +245,8 @@ def _timed(container, stream, codec):
     """(seconds since the first frame, frame) of every frame, and last (the end, None). Times are those of the stamps;
     where one is missing or does not rise, an average frame's duration after the frame before."""
     step, time = float(1 / stream.average_rate) if stream.average_rate else 0.0, None
-    for frame in chain.from_iterable(filter(None, _decode(codec, (p for p in container.demux(stream) if p.size)))):
+    packets = chain((packet for packet in container.demux(stream) if packet.size), [None])
+    for frame in chain.from_iterable(_decode(codec, packet) or () for packet in packets):
         if time is None:
             time, origin = 0.0, frame.time or 0.0
         elif frame.time is not None and frame.time - origin > time:
