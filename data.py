@@ -552,11 +552,6 @@ def read_pairs(path, below):
     return [(name, int(number)) for _, _, name, number in pairs]
 
 
-def read_list(path, files, classes):
-    """A VideoList from a published list, lines `path label`. See `Files.find`."""
-    return files.locate(classes, read_pairs(path, len(classes)), path)
-
-
 def read_hmdb(files):
     """As `read_owners`. Lines `<video>.avi <use>`, use 1: training (of split 1 here), 2: test, 0: neither."""
     actions = sorted(name.removesuffix("_test_split1.txt") for name in files.texts if name.endswith("_test_split1.txt"))
@@ -652,24 +647,23 @@ def check_root(dataset, root, upstream_labels):
     return root
 
 
-def list_classes(files, owned, labels, split="split1"):
-    """The class names of a list: the owner's, the published labels file's, or those of the file `labels`."""
+def read_list(path, files, owned, labels, split="split1"):
+    """A VideoList from a list, lines `path label`. Classes: the owner's, else the published, else the file `labels`."""
     name = PUBLISHED[files.dataset][0].replace("split1", split)
-    return owned[0] or read_labels(files.text(name) or (labels if labels != "llm" else "") or files.need(name))
+    classes = owned[0] or read_labels(files.text(name) or (labels if labels != "llm" else "") or files.need(name))
+    return files.locate(classes, read_pairs(path, len(classes)), path)
 
 
 def test_sets(files, owned, test_list, labels, training):
     """{name: VideoList} from a list of one's own, the owner's files, the published lists, or class folders."""
     if test_list:
-        return {Path(test_list).stem: read_list(test_list, files, list_classes(files, owned, labels))}
+        return {Path(test_list).stem: read_list(test_list, files, owned, labels)}
     if owned[0]:
         return {name: files.locate(owned[0], entries, f"{files.root}, {name}")
                 for name, entries in owned[1].items() if name != "train"}
-    zero_shot = files.dataset == "k600" and not training
-    lists = PUBLISHED[files.dataset][1] if zero_shot or files.dataset != "k600" else {}
-    if zero_shot or any(map(files.text, lists.values())):
-        return {name: read_list(files.need(file), files, list_classes(files, owned, labels, name))
-                for name, file in lists.items()}
+    lists = {} if files.dataset == "k600" and training else PUBLISHED[files.dataset][1]  # those are of other classes
+    if lists and files.dataset == "k600" or any(map(files.text, lists.values())):
+        return {name: read_list(files.need(file), files, owned, labels, name) for name, file in lists.items()}
     folders = [name for name in ("base", "novel", "test", "val") if files.has_folders(name)]
     if folders:
         return {name: class_folders(os.path.join(files.root, name)) for name in folders}
@@ -691,7 +685,7 @@ def training_set(protocol, files, owned, shots, train_list, labels):
     lists_first = files.dataset in PAGES and files.dataset != "k600"  # whose own train.txt is no such list
     if not path and files.has_folders("train") and not (lists_first and files.text(*lists)):
         return class_folders(os.path.join(files.root, "train"))
-    return read_list(path or files.need(*lists), files, list_classes(files, owned, labels))
+    return read_list(path or files.need(*lists), files, owned, labels)
 
 
 def named(sets, files, labels, upstream):

@@ -62,19 +62,19 @@ def test_labels_files(tmp_path):
 def test_lists_are_split_at_the_last_space_and_videos_found_anywhere(tmp_path):
     touch(tmp_path, "videos/riding a bike/clip 1.mp4", "walk/w[1] & (2).avi")
     (tmp_path / "list.txt").write_text("videos/riding a bike/clip 1.mp4 1\r\nw[1] & (2).avi 0\r\n\r\ngone.avi 1\r\n")
-    videos = data.read_list(tmp_path / "list.txt", data.Files("folder", tmp_path), ["walk", "riding a bike"])
+    videos = data.read_list(tmp_path / "list.txt", data.Files("folder", tmp_path), (["walk", "riding a bike"], {}), "")
     assert [Path(p).is_file() for p in videos.paths] == [True, True, False] and videos.labels == (1, 0, 1)
     for line in ("clip.mp4", "clip.mp4 2", "clip.mp4 -1", "clip.mp4 one"):
         (tmp_path / "wrong.txt").write_text(line + "\n")
         with pytest.raises(ValueError, match="wrong.txt, line 1.*below 2"):
-            data.read_list(tmp_path / "wrong.txt", data.Files("folder", tmp_path), ["a", "b"])
+            data.read_list(tmp_path / "wrong.txt", data.Files("folder", tmp_path), (["a", "b"], {}), "")
     touch(tmp_path, "run/001.mp4")  # another class's video of the same name is not the one that is listed
     (tmp_path / "same.txt").write_text("jump/001.mp4 0\nrun/001.mp4 1\n")
-    videos = data.read_list(tmp_path / "same.txt", data.Files("folder", tmp_path), ["jump", "run"])
+    videos = data.read_list(tmp_path / "same.txt", data.Files("folder", tmp_path), (["jump", "run"], {}), "")
     assert [Path(p).is_file() for p in videos.paths] == [False, True]
     (tmp_path / "none.txt").write_text("gone.avi 0\n")
     with pytest.raises(ValueError, match="none of its 1 videos"):
-        data.read_list(tmp_path / "none.txt", data.Files("folder", tmp_path), ["a"])
+        data.read_list(tmp_path / "none.txt", data.Files("folder", tmp_path), (["a"], {}), "")
 
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=7), st.integers(1, 6), st.integers(0, 99))
