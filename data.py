@@ -55,10 +55,8 @@ def frame_indices(total, frames, train=False, rng=None):
 
 
 def uniform_indices(total, frames, train=False, rng=None):
-    """Fixed intervals over the whole video, ILA's sampling on SSv2. Arguments and result as for `frame_indices`.
-
-    Segment i is [round(s i), round(s (i+1))], s = (total-1) / frames: its middle, or any frame from end to end.
-    """
+    """As `frame_indices`, by ILA's sampling on SSv2: segment i is [round(s i), round(s (i+1))], s = (total-1) / frames;
+    its middle, or with `train` any frame from end to end."""
     if total < 1 or frames < 1:
         raise ValueError(f"cannot take {frames} frames from a video of {total}: both must be at least 1")
     edges = np.rint(np.arange(frames + 1) * (total - 1) / frames).astype(np.int64)
@@ -67,10 +65,8 @@ def uniform_indices(total, frames, train=False, rng=None):
 
 
 def view_indices(total, frames, clips, indices=frame_indices):
-    """(clips, frames) positions: clip c takes frame floor((i + (2c+1) / (2 clips)) total / frames) of segment i.
-
-    [ours] equally spaced offsets in each segment, the same at every evaluation. One clip is `frame_indices`.
-    """
+    """[ours] (clips, frames) positions: clip c takes frame floor((i + (2c+1) / (2 clips)) total / frames) of segment i,
+    offsets that are equally spaced and the same at every evaluation."""
     return indices(total, frames * clips).reshape(frames, clips).T
 
 
@@ -110,10 +106,8 @@ def _opened(path, max_pixels):
 
 
 def _read_pass(path, pick, short_side, max_pixels, total):
-    """One pass over a file -> (frames, total), or (None, a better total).
-
-    total: what the pass before has counted. None in the first, which believes in one frame per packet.
-    """
+    """One pass over a file -> (frames, total), or (None, a better total). `total`: what the pass before has counted,
+    None in the first, which believes in one frame per packet."""
     with _opened(path, max_pixels) as (container, stream, codec):
         packets = [packet for packet in container.demux(stream) if packet.size]
         stamps = [packet.pts for packet in packets if not packet.is_discard]
@@ -137,7 +131,7 @@ def _read_pass(path, pick, short_side, max_pixels, total):
 
 
 def _restarts(packet):
-    """Whether an h264 packet (units, each after 4 bytes of length) holds an IDR picture (type 5): none refers past it."""
+    """Whether an h264 packet (units, each after 4 bytes of size) has an IDR picture (type 5): none refers past it."""
     data, start = bytes(packet) if packet.is_keyframe else b"", 0
     while start + 4 < len(data):
         if data[start + 4] & 31 == 5:
@@ -496,13 +490,12 @@ class Files:
         Videos that are nowhere: of Kinetics they are `absent`, as thousands have left YouTube; others keep their path
         below the root, and fail by name when they are read.
         """
-        gone, found = self.dataset in ("k400", "k600"), [self.find(name) for name, _ in entries]
-        if not any(found):
+        found = [(self.find(name), name, label) for name, label in entries]
+        if not any(path for path, _, _ in found):
             raise ValueError(f"{source}: none of its {len(entries)} videos is below {self.root}; unpack them there")
-        kept = [i for i, path in enumerate(found) if path or not gone]
-        return VideoList(tuple(classes), tuple(found[i] or os.path.join(self.root, entries[i][0]) for i in kept),
-                         tuple(entries[i][1] for i in kept),
-                         tuple(name for (name, _), path in zip(entries, found) if gone and not path))
+        absent = tuple(name for path, name, _ in found if not path) if self.dataset in ("k400", "k600") else ()
+        kept = [(path or os.path.join(self.root, name), label) for path, name, label in found if path or not absent]
+        return VideoList(tuple(classes), *zip(*kept), absent)
 
 
 @contextmanager
@@ -576,10 +569,8 @@ def read_rows(path):
 
 
 def read_owners(files):
-    """Class names and {set: [(video, label)]} from the owner's files, see OWNERS; ((), {}) where there are none.
-
-    Kinetics-600's CSVs are incomplete: its class folders go first.
-    """
+    """Class names and {set: [(video, label)]} from the owner's files, see OWNERS; ((), {}) where there are none, and
+    where Kinetics-600, whose CSVs are incomplete, has class folders."""
     sets = OWNERS.get(files.dataset, {})
     test = [patterns for name, patterns in sets.items() if name != "train"]
     if not test or not files.text(*test[0]) or files.dataset == "k600" and files.has_folders("train"):
@@ -692,7 +683,6 @@ def named(sets, files, labels, upstream):
     """The VideoLists {name: videos} with HMDB-51's names put right, or with the names of the labels file `labels`.
 
     labels: "llm" for the published LLM-rephrased names, <dataset>_llm_labels.json, looked for as other annotations are.
-    ValueError: it has another number of names than there are classes, or is to name different lists of classes.
     """
     result = {}
     for name, videos in sets.items():
@@ -711,10 +701,7 @@ def named(sets, files, labels, upstream):
 
 
 def load_tests(dataset, root, test_list="", labels="", upstream_labels=False):
-    """A dataset's test sets, {name: VideoList}; see `test_sets` and `named`.
-
-    upstream_labels: HMDB-51's class names as published, two pairs of them the wrong way round; see `put_right`.
-    """
+    """A dataset's test sets, {name: VideoList}; see `test_sets`, `named`, and for `upstream_labels`, `put_right`."""
     files = Files(dataset, check_root(dataset, root, upstream_labels))
     owned = read_owners(files) if dataset != "k600" else ((), {})  # that is tested on published lists
     tests = test_sets(files, owned, test_list, labels, False)
@@ -791,8 +778,8 @@ def read_test(path, v):
 
 
 def heed_parent_alone(_):
-    """In a loader's worker: of all SIGTERMs only its own process's ends it, not a scheduler's to everybody. It also ends
-    with that process (torch's own watch misses one that was killed just after the fork)."""
+    """In a loader's worker: of all SIGTERMs only its own process's ends it, not a scheduler's to everybody. It ends
+    with that process too (torch's own watch misses one that was killed just after the fork)."""
     def wait():
         parent, told = multiprocessing.parent_process(), None
         while parent.is_alive() and (told is None or told.si_pid != parent.pid):
@@ -872,8 +859,7 @@ class TrainVideos(Dataset):
 
     def read(self, i, rng):
         """A random draw of the video's frames (T,3,h,w); where clips are kept, they are kept whole."""
-        def sample(total):
-            return SAMPLERS[self.views.sampling](total, self.views.frames, True, rng)
+        sample = partial(SAMPLERS[self.views.sampling], frames=self.views.frames, train=True, rng=rng)
         if self.kept is None:
             return read_frames(self.videos.paths[i], sample, self.views.short_side)
         if i not in self.kept:
@@ -920,7 +906,7 @@ def opposite(name):
 def paint(rng, size, shape, place, colours):
     """Frames of one scene: a striped ground, 0 to 2 grey distractors, the shape, pixel noise -> uint8 (T,32,32,3).
 
-    colours (T,3), in [0,255], are the shape's in each frame. It drifts by up to a pixel; only the noise is new each frame.
+    colours (T,3), in [0,255], are the shape's. It drifts by up to a pixel; only the noise is new in each frame.
     """
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)  # (R,R)
     stripes = np.sin(x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1) + rng.uniform(0, 6))
@@ -929,7 +915,8 @@ def paint(rng, size, shape, place, colours):
     for _ in range(rng.integers(3)):
         kind, radius, (cy, cx) = rng.choice(list(SHAPES)), rng.uniform(2, 3.5), rng.uniform(2, SIDE - 2, 2)
         canvas[SHAPES[kind]((y - cy) / radius, (x - cx) / radius)] = rng.uniform(20, 235)
-    radius, drift = SIZES[size] + rng.uniform(-1, 1), np.linspace(-0.5, 0.5, len(colours))[:, None] * rng.uniform(-1, 1, 2)
+    radius = SIZES[size] + rng.uniform(-1, 1)
+    drift = np.linspace(-0.5, 0.5, len(colours))[:, None] * rng.uniform(-1, 1, 2)  # (T,2)
     centre = PLACES[place] + rng.uniform(-1.5, 1.5, 2) + drift  # (T,2)
     cy, cx = centre.T[..., None, None].astype(np.float32)  # (T,1,1)
     inside = SHAPES[shape]((y - cy) / radius, (x - cx) / radius)  # (T,R,R)
@@ -956,7 +943,7 @@ def render_clip(rng, name):
 
 
 def write_clip(path, frames):
-    """Write uint8 frames (T,R,R,3) as h264 in mp4. Every frame is an IDR frame of one quantiser: coded for itself alone,
+    """Write uint8 frames (T,R,R,3) as h264 in mp4. Every frame is an IDR frame of one quantiser: coded by itself alone,
     it decodes to the same pixels wherever in a video it stands."""
     with av.open(str(path), "w") as container:
         options = {"qp": "10", "g": "1", "preset": "ultrafast", "threads": "1"}
@@ -968,16 +955,16 @@ def write_clip(path, frames):
 
 
 def write_shapes(folder, seed, shots_max=16, base_clips=10, novel_clips=20):
-    """Render the world into folder/{train,base,novel}/<class>/<number>.mp4; a clip depends on `seed` and its name alone.
+    """Render the world into folder/{train,base,novel}/<class>/<number>.mp4; a clip depends on `seed` and name alone.
 
-    train: `shots_max` clips of each base class. base, novel: test clips, `base_clips` and `novel_clips` per class, and as
-    many reversed ones: base/blue to red/003r.mp4 is base/red to blue/003.mp4 backwards. The folder appears when it is
+    train: `shots_max` clips of each base class. base, novel: `base_clips` and `novel_clips` test clips per class, and
+    as many reversed: base/blue to red/003r.mp4 is base/red to blue/003.mp4 backwards. The folder appears when it is
     complete. Raises ValueError if it holds anything.
     """
     folder, (base, novel) = Path(folder), shapes_classes()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already and holds no whole miniature world: choose another folder with --data; "
-                         "for your own videos add --dataset folder")
+        raise ValueError(f"{folder} exists already and holds no whole miniature world: choose another folder with "
+                         "--data; for your own videos add --dataset folder")
     splits = ("train", base, shots_max), ("base", base, base_clips), ("novel", novel, novel_clips)
     clips = [(split, name, i) for split, names, count in splits for name in names for i in range(count)]
     unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
