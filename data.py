@@ -64,6 +64,9 @@ def uniform_indices(total, frames, train=False, rng=None):
     return (rng or np.random.default_rng()).integers(low, high, endpoint=True) if train else (low + high) // 2
 
 
+SAMPLERS = {"tsn": frame_indices, "uniform": uniform_indices}
+
+
 def view_indices(total, frames, clips, indices=frame_indices):
     """[ours] (clips, frames) positions: clip c takes frame floor((i + (2c+1) / (2 clips)) total / frames) of segment i,
     offsets that are equally spaced and the same at every evaluation."""
@@ -212,27 +215,37 @@ def _resize(images, height, width):
     return F.interpolate(images, (height, width), mode="bilinear", antialias=True)
 
 
-def read_views(path, frames, size, clips=1, crops=1, short_side=None, indices=frame_indices):
-    """Test-time views of a video, decoded once: uint8 (V, T, 3, size, size), V = clips x crops, clip after clip.
+@dataclass(frozen=True)
+class Views:
+    """How a video becomes a model's input at test time."""
 
-    crops: 1, the centre, or 3: start, centre and end of the long side. indices: `frame_indices` or `uniform_indices`.
-    short_side: of the frame to be cropped. Default: size 256/224 for one crop, size for three, to span the frame.
-    """
-    short_side = short_side or (round(size * 256 / 224) if crops == 1 else size)
-    if crops not in (1, 3) or short_side < size:
-        raise ValueError(f"crops must be 1 or 3 (got {crops}), and short_side at least size (got {short_side}, {size})")
-    video = read_frames(path, partial(view_indices, frames=frames, clips=clips, indices=indices), short_side)
-    down, right = video.shape[-2] - size, video.shape[-1] - size
-    views = []
-    for along in (0.5,) if crops == 1 else (0, 0.5, 1):
+    frames: int = 16  # T
+    size: int = 224  # R in pixels
+    short_side: int = 256  # pixels, before the crop
+    sampling: str = "tsn"  # tsn: the middle of T equal segments; uniform: fixed intervals
+    clips: int = 1  # views in time
+    crops: int = 1  # views in space: 1, the centre, or 3: start, centre and end of the long side
+    pixels: str = "imagenet"  # whose mean and standard deviation the pixels are normalised with
+
+
+def read_test(path, v):
+    """The test-time `Views` of a video, decoded once: uint8 (V, T, 3, R, R), V = clips x crops, clip after clip."""
+    if v.crops not in (1, 3) or v.short_side < v.size:
+        raise ValueError(f"crops must be 1 or 3 (got {v.crops}), and short_side at least size "
+                         f"(got {v.short_side}, {v.size})")
+    pick = partial(view_indices, frames=v.frames, clips=v.clips, indices=SAMPLERS[v.sampling])
+    video = read_frames(path, pick, v.short_side)  # (clips, T, 3, h, w)
+    down, right = video.shape[-2] - v.size, video.shape[-1] - v.size
+    crops = []
+    for along in (0.5,) if v.crops == 1 else (0, 0.5, 1):
         top, left = (int(down * along), right // 2) if down > right else (down // 2, int(right * along))
-        views.append(video[..., top:top + size, left:left + size])
-    return torch.stack(views, 1).flatten(0, 1).contiguous()  # (clips, crops, T, 3, size, size) -> (V, T, 3, size, size)
+        crops.append(video[..., top:top + v.size, left:left + v.size])
+    return torch.stack(crops, 1).flatten(0, 1).contiguous()  # (clips, crops, T, 3, R, R) -> (V, T, 3, R, R)
 
 
 def read_clip(path, frames=16, size=224, short_side=None):
-    """The test-time view of a video, uint8 (T, 3, size, size): TSN middle frames, centre crop. See `read_views`."""
-    return read_views(path, frames, size, short_side=short_side)[0]
+    """The test-time view of a video, uint8 (T, 3, size, size): TSN middle frames, centre crop. Raises VideoError."""
+    return read_test(path, Views(frames, size, short_side or round(size * 256 / 224)))[0]
 
 
 def _timed(container, stream, codec):
@@ -750,31 +763,10 @@ MEANS = {"imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),  # [r
          "clip": ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305))}  # OpenAI's own
 
 
-@dataclass(frozen=True)
-class Views:
-    """How a video becomes a model's input at test time."""
-
-    frames: int = 16  # T
-    size: int = 224  # R in pixels
-    short_side: int = 256  # pixels, before the crop
-    sampling: str = "tsn"  # tsn: the middle of T equal segments; uniform: fixed intervals
-    clips: int = 1  # views in time
-    crops: int = 1  # views in space, 1 or 3
-    pixels: str = "imagenet"  # whose mean and standard deviation the pixels are normalised with
-
-
 def normalise(video, pixels="imagenet"):
     """uint8 (...,3,R,R) -> float32 with zero mean and unit deviation over the data set `pixels` names."""
     mean, std = (torch.tensor(values, device=video.device).view(3, 1, 1) for values in MEANS[pixels])
     return (video.float() - mean) / std
-
-
-SAMPLERS = {"tsn": frame_indices, "uniform": uniform_indices}
-
-
-def read_test(path, v):
-    """The test-time views of a video, uint8 (V,T,3,R,R). Raises VideoError."""
-    return read_views(path, v.frames, v.size, v.clips, v.crops, v.short_side, SAMPLERS[v.sampling])
 
 
 def heed_parent_alone(_):

@@ -188,7 +188,7 @@ def test_one_class_alone_has_a_similarity(world, capsys):
     model = FramePool(load_clip(world / "clip.pt")).eval()
     model.set_classes(["red to blue"])
     with torch.no_grad():
-        clips = data.normalise(data.read_views(video, 16, 32, 2, short_side=37), "clip")
+        clips = data.normalise(data.read_test(video, data.Views(16, 32, 37, clips=2)), "clip")
         expected = (model(clips)[0] / model.clip.logit_scale.exp()).mean().item()
     assert evaluate("--video", video, "--classes", "red to blue", "--clip", world / "clip.pt", "--json", "-") == 0
     out, err = capsys.readouterr()

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import VideoError, frame_indices, read_clip, read_frames, read_views, uniform_indices, view_indices
+from data import VideoError, Views, frame_indices, read_clip, read_frames, read_test, uniform_indices, view_indices
 
 VIDEOS = Path(__file__).resolve().parents[2] / "shared" / "videos"
 FIGURES = np.load(Path(__file__).parent / "figures" / "h_sampling.npz")  # what the released code samples
@@ -352,17 +352,16 @@ def test_a_frame_of_the_wanted_size_passes_through(tmp_path):
 def test_views_are_crops_of_the_decoded_frames(tmp_path, monkeypatch, size):
     path = write_video(tmp_path / "clip.mp4", size=size)
     opened = count_calls(monkeypatch, av, "open")
-    views = read_views(path, frames=4, size=56, clips=2, crops=3, short_side=64)
+    views = read_test(path, Views(4, 56, 64, clips=2, crops=3))
     assert views.shape == (6, 4, 3, 56, 56) and views.is_contiguous() and len(opened) == 1
     video = read_frames(path, lambda total: view_indices(total, 4, 2), 64)  # (clips, T, 3, h, w)
     offsets = {(96, 64): [(4, 0), (4, 20), (4, 40)], (64, 96): [(0, 4), (20, 4), (40, 4)]}[size]
     wanted = [video[c, ..., y:y + 56, x:x + 56] for c in range(2) for y, x in offsets]
     assert torch.equal(views, torch.stack(wanted))
-    centre = read_views(path, frames=4, size=56, clips=2, short_side=64)
+    centre = read_test(path, Views(4, 56, 64, clips=2))
     assert torch.equal(centre, views[1::3])
-    assert torch.equal(read_views(path, 4, 56, short_side=64)[0], read_clip(path, 4, 56))  # 64 = 56 * 256 / 224
-    assert torch.equal(read_views(path, 4, 64, crops=3), read_views(path, 4, 64, crops=3, short_side=64))
-    uniform = read_views(path, 4, 64, short_side=64, indices=uniform_indices)[0]
+    assert torch.equal(read_test(path, Views(4, 56, 64))[0], read_clip(path, 4, 56))  # 64 = 56 * 256 / 224
+    uniform = read_test(path, Views(4, 64, 64, "uniform"))[0]
     whole = read_frames(path, lambda total: uniform_indices(total, 4), 64)
     assert torch.equal(uniform, whole[..., 16:80, :] if size[1] == 96 else whole[..., 16:80])
 
@@ -370,7 +369,7 @@ def test_views_are_crops_of_the_decoded_frames(tmp_path, monkeypatch, size):
 def test_impossible_views_are_refused(tmp_path):
     path = write_video(tmp_path / "clip.mp4", frames=2)
     with pytest.raises(ValueError, match="crops must be 1 or 3"):
-        read_views(path, 4, 32, crops=2)
+        read_test(path, Views(4, 32, 32, crops=2))
     with pytest.raises(ValueError, match="short_side at least size"):
         read_clip(path, 4, 32, short_side=31)
 
