@@ -310,8 +310,8 @@ def byte_symbols():
 def read_vocabulary(path, size):
     """Symbols and merges of a vocabulary of `size` ids: {symbol: id}, {pair: rank}. Without merges, BYTES ids."""
     symbols = list(byte_symbols().values())
-    lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")[1:1 + size - BYTES] if size > BYTES else []  # line 0: a header
-    merges = [tuple(line.split()) for line in lines]
+    lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n") if size > BYTES else []
+    merges = [tuple(line.split()) for line in lines[1:1 + size - BYTES]]  # line 0 is a header
     symbols += [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
     symbols += ["<|startoftext|>", "<|endoftext|>"]
     if len(symbols) != size or any(len(pair) != 2 for pair in merges):
@@ -447,8 +447,9 @@ def read_checkpoint(path):
         return module_tensors(content) if isinstance(type(content), Foreign) else content
     except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, LookupError, TypeError, ValueError,
             AttributeError, StopIteration, OSError) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ValueError(f"{path}: refused, not a checkpoint that can be read without running code ({reason})") from error
+        reason = " ".join(str(error).split()).partition(". ")[0][:160] or type(error).__name__
+        raise ValueError(f"{path}: refused, as it is damaged, no checkpoint, or one that needs code to be run ({reason})"
+                         ) from error
 
 
 def cached(url, sha256, folder=None):

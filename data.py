@@ -517,7 +517,7 @@ def expecting(path, what):
     try:
         yield
     except (OSError, ValueError, LookupError, AttributeError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path}: expected {what} ({error!r:.200})") from error
+        raise ValueError(f"{path}: expected {what} ({getattr(error, 'strerror', None) or repr(error):.200})") from error
 
 
 def in_order(names):
@@ -618,19 +618,21 @@ def draw_shots(videos, shots, seed):
     return videos.keep(drawn)
 
 
-def base_and_novel(classes, labels, files):
-    """Labels of the base and of the novel classes, from the labels of training split 1.
+def base_and_novel(classes, files, owned, train):
+    """Labels of the base and of the novel classes, by training split 1: the owner's, or the VideoList `train`.
 
     [released] ascending in the number of training videos, ties in label order, the first half is novel. The published
     label files of both halves are used where they are. A few-shot list, equal in all classes, cannot tell: ValueError.
     """
     file = PUBLISHED[files.dataset][0]
     halves = [file.replace("_labels", f"_{half}_labels") for half in ("base", "novel")]
-    if files.dataset in PAGES and all(map(files.text, halves)):
+    if "_labels" in file and all(map(files.text, halves)):  # of k600 there are none
         with expecting(halves[0], f"and in {halves[1]}, names of {file}"):
             return [[classes.index(name) for name in read_labels(files.text(half))] for half in halves]
+    labels = [label for _, label in owned["train"]] if "train" in owned else train.labels
     count = np.bincount(labels, minlength=len(classes))
-    if files.dataset in PAGES and files.dataset != "hmdb51" and len(set(count)) == 1:  # HMDB-51 has 70 of every class
+    # HMDB-51 has 70 of every class, and of k600 and one's own folders there are no such lists
+    if "train" not in owned and files.dataset in ("ucf101", "k400", "ssv2") and len(set(count)) == 1:
         raise ValueError(f"{files.root}: base2novel needs {halves[0]} and its _novel_ twin there, or training videos "
                          "from which the frequent classes can be counted")
     ranked = np.argsort(count, kind="stable").tolist()
@@ -734,8 +736,9 @@ def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list
         train = draw_shots(everything, shots, seed)
         drawn = set(train.paths)
         tests = {"test": everything.keep([i for i, path in enumerate(everything.paths) if path not in drawn])}
-        if not tests["test"].paths:
-            raise ValueError(f"{root}: shots={shots} takes every video for training and leaves none to test on")
+        for label in {*range(len(train.classes))} - {*tests["test"].labels}:
+            raise ValueError(f"{root}: shots={shots} takes every video of {train.classes[label]!r} for training and "
+                             "leaves none to test on: give it more videos, or lower shots")
     else:
         tests = test_sets(files, owned, test_list, labels, True)
         train = training_set(protocol, files, owned, shots, train_list, labels)
@@ -743,8 +746,7 @@ def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list
         tests = dict([next(iter(tests.items()))])
     halves = []
     if protocol == "base2novel" and "novel" not in tests:
-        counted = [label for _, label in owned[1]["train"]] if "train" in owned[1] else train.labels
-        halves = base_and_novel(put_right(dataset, train.classes, upstream_labels), counted, files)
+        halves = base_and_novel(put_right(dataset, train.classes, upstream_labels), files, owned[1], train)
     tests = named({"the training set": train} | tests, files, labels, upstream_labels)
     train = tests.pop("the training set")
     if halves:
@@ -787,7 +789,7 @@ def heed_parent_alone(_):
 
 def load_batches(videos, workers, collate, **batches):
     """The DataLoader that both loaders below are."""
-    return DataLoader(videos, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
+    return DataLoader(videos, collate_fn=collate, num_workers=min(workers, os.cpu_count()), pin_memory=torch.cuda.is_available(),
                       worker_init_fn=heed_parent_alone if hasattr(signal, "sigtimedwait") else None, **batches)
 
 

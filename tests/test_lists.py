@@ -89,7 +89,7 @@ def test_few_shot_draws_and_halves(sizes, shots, seed):
         drawn = data.draw_shots(videos, shots, seed)
         assert np.bincount(drawn.labels).tolist() == [shots] * len(sizes) and len(set(drawn.paths)) == len(drawn.paths)
         assert drawn == data.draw_shots(videos, shots, seed)
-    base, novel = data.base_and_novel(videos.classes, labels, data.Files("folder", "absent"))
+    base, novel = data.base_and_novel(videos.classes, data.Files("folder", "absent"), {}, videos)
     assert sorted(base + novel) == list(range(len(sizes))) and 0 <= len(base) - len(novel) <= 1
     assert min(sizes[c] for c in base) >= max(sizes[c] for c in novel)
     half = videos.only(novel)
@@ -162,7 +162,8 @@ def test_ones_own_class_folders(tmp_path):
     touch(tmp_path, *(f"{name}/{i}.mp4" for name in ("walk", "run") for i in range(5)))
     train, tests = data.load_protocol("fewshot", "folder", tmp_path, 3, 0)
     assert len(train.paths) == 6 and len(tests["test"].paths) == 4 and not {*train.paths} & {*tests["test"].paths}
-    with pytest.raises(ValueError, match="leaves none to test on"):
+    touch(tmp_path, "run/5.mp4")
+    with pytest.raises(ValueError, match="every video of 'walk' .* leaves none to test on"):
         data.load_protocol("fewshot", "folder", tmp_path, 5, 0)
 
 
@@ -281,7 +282,7 @@ def test_archives_as_their_owners_distribute_them(tmp_path, dataset, layout, dee
         annotated = [*truth["train"].values(), *(truth["absent"][video] for video in train.absent)]
         counts = [annotated.count(name) for name in halves["novel"].classes + halves["base"].classes]
         assert counts == sorted(counts) and len(halves["novel"].classes) == len(counts) // 2
-        assert half.classes == halves["base"].classes
+        assert half.classes == halves["base"].classes and not {*half.classes} & {*halves["novel"].classes}
 
 
 def test_what_kinetics_holds_beside_its_videos(tmp_path):
@@ -435,6 +436,11 @@ def test_class_folders_lists_and_files_of_ones_own(tmp_path):
     assert (len(train.paths), list(tests), train.classes) == (4, ["val"], ("a", "b"))
     with pytest.raises(ValueError, match="ucf_101_base_labels.csv"):
         data.load_protocol("base2novel", "ucf101", tmp_path / "ucf101", 2, 0)
+    lists = {"classInd": "1 a\n2 b", "trainlist01": "a/1.mp4 1\nb/1.mp4 2"}
+    for name, lines in (lists | {f"testlist0{i}": "a/2.mp4\nb/2.mp4" for i in (1, 2, 3)}).items():
+        (tmp_path / "ucf101" / f"{name}.txt").write_text(lines)
+    _, halves = data.load_protocol("base2novel", "ucf101", tmp_path / "ucf101", 1, 0)  # the owner's counts are true
+    assert (halves["novel"].classes, halves["base"].classes) == (("a",), ("b",))
     archives.hmdb51(tmp_path / "hmdb51", classes=4)
     video = next((tmp_path / "hmdb51" / "sword").iterdir())
     (tmp_path / "mine.txt").write_text(f"sword/{video.name} 2\n{video.name} 2\n{video} 2\n")
