@@ -270,14 +270,14 @@ def on_first(call):
 
 @torch.no_grad()
 def predict(model, videos, batch=8, workers=0, precision="fp32", title="evaluating"):
-    """Class probabilities of a data.TestVideos, softmaxed, then averaged over the views; every video exactly once.
+    """Probabilities of a data.TestVideos' classes, softmaxed, then averaged over the views; every video exactly once.
 
     -> (n,C) float32, NaN in the rows of unreadable videos, and [(index, what is wrong)], the same on all processes.
     Raises ValueError with the list where more than 5 % cannot be read.
     """
     rank, world = rank_and_world()
     device, found, bad = next(model.parameters()).device, [], []
-    model.eval()
+    model.eval().set_classes(videos.videos.classes)
     loader = videos.loader(range(rank, len(videos), world), batch, workers)
     for indices, clips, errors in tqdm(loader, desc=title, leave=False, disable=rank > 0):
         bad += errors
@@ -321,15 +321,6 @@ def inside_pairs(probabilities, videos):
     labels = np.asarray(videos.labels)[rows]
     own, other = probabilities[rows, labels], probabilities[rows, np.asarray(opposite, dtype=object)[labels].astype(int)]
     return float(((own > other) + 0.5 * (own == other)).mean())
-
-
-def scores(probabilities, bad, videos):
-    """The numbers of one test set, as results.json holds them."""
-    result = {"videos": len(videos.labels), "classes": len(videos.classes),
-              "top1": top_k(probabilities, videos.labels, 1), "top5": top_k(probabilities, videos.labels, 5)}
-    pairs = inside_pairs(probabilities, videos)
-    return result | ({} if pairs is None else {"pairs": pairs}) | {
-        "bad": [error for _, error in bad], "absent": list(videos.absent)}
 
 
 def subset_scores(probabilities, labels, subsets):
@@ -572,6 +563,19 @@ def draw_reversal(models, clip, names, path, pixels="imagenet"):
     picture.save(path)
 
 
+def test(model, videos, batch, workers, precision, title="evaluating", picture=None, subsets={}):
+    """The scores of a model on a data.TestVideos, as results.json holds them, and a picture of what is taken for what."""
+    probabilities, bad = predict(model, videos, batch, workers, precision, title)
+    videos = videos.videos
+    if picture and rank_and_world()[0] == 0:
+        draw_confusion(probabilities, videos.labels, videos.classes, picture)
+    pairs = inside_pairs(probabilities, videos)
+    return {"videos": len(videos.labels), "classes": len(videos.classes),
+            "top1": top_k(probabilities, videos.labels, 1), "top5": top_k(probabilities, videos.labels, 5),
+            **({} if pairs is None else {"pairs": pairs}), "bad": [error for _, error in bad],
+            "absent": list(videos.absent), **subset_scores(probabilities, videos.labels, subsets)}
+
+
 # ---- benchmark -------------------------------------------------------------------------------------------------------
 
 ARCHITECTURES = {  # what CLIP(...) needs, for random weights: no download; see clip_vit.sizes_of
@@ -765,14 +769,10 @@ def zeroshot(args):
         model.config = replace(model.config, text_length=len(model.clip.positional_embedding))
     results, first, out = {}, rank_and_world()[0] == 0, sys.stderr if args.json == "-" else sys.stdout
     for name, videos in tests.items():
-        model.set_classes(videos.classes)
-        seen = data.TestVideos(videos, views(recipe, model))
-        probabilities, bad = predict(model, seen, args.batch or 8, args.workers, args.precision, name)
-        results[name] = scores(probabilities, bad, videos) | subset_scores(probabilities, videos.labels, subsets)
+        results[name] = test(model, data.TestVideos(videos, views(recipe, model)), args.batch or 8, args.workers,
+                             args.precision, name, None if results else args.picture, subsets)
         if first:
             print(describe_scores(f"{args.zeroshot} {name}", results[name]), file=out)
-        if first and args.picture and len(results) == 1:
-            draw_confusion(probabilities, videos.labels, videos.classes, args.picture)
     if first and "split1" in results:
         top1 = [100 * result["top1"] for result in results.values()]
         key = f"zeroshot {recipe['method']} k400 {recipe['clip']} {recipe['frames']}" + ", LLM names" * bool(args.labels)

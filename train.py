@@ -545,15 +545,11 @@ def train_epochs(run):
 
 
 def test(run, videos, picture=None):
-    """The scores of the model as it stands on a data.TestVideos, and a picture of what is taken for what; the model's
-    classes are the training's again afterwards."""
-    run.model.set_classes(videos.videos.classes)
-    probabilities, bad = evaluation.predict(run.model, videos, run.recipe.micro_batch, run.recipe.workers,
-                                            run.recipe.precision)
+    """The scores of the model as it stands on a data.TestVideos; its classes are the training's again afterwards."""
+    scores = evaluation.test(run.model, videos, run.recipe.micro_batch, run.recipe.workers, run.recipe.precision,
+                             picture=picture)
     run.model.set_classes(run.training.videos.classes)
-    if picture and evaluation.rank_and_world()[0] == 0:
-        evaluation.draw_confusion(probabilities, videos.videos.labels, videos.videos.classes, picture)
-    return evaluation.scores(probabilities, bad, videos.videos)
+    return scores
 
 
 def transfer(run, root):
