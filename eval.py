@@ -100,11 +100,11 @@ class LinearProbe(nn.Module):
         return logits, logits.new_zeros(())
 
 
-def build_model(method, clip, frames, settings):
-    """The model of a method around a CLIP; `settings` override its configuration's defaults."""
-    Model, Config = METHODS[method]
-    frames = {"frames": frames} if "frames" in Config.__dataclass_fields__ else {}
-    return Model(clip, Config(**frames | settings))
+def build_model(recipe, clip):
+    """The model of a recipe (a dict) around a CLIP; recipe["model"] overrides its configuration's defaults."""
+    Model, Config = METHODS[recipe["method"]]
+    frames = {"frames": recipe["frames"]} if "frames" in Config.__dataclass_fields__ else {}
+    return Model(clip, Config(**frames | recipe["model"]))
 
 
 def load_model(path, clip="ViT-B/16", merges=None):
@@ -122,8 +122,7 @@ def load_model(path, clip="ViT-B/16", merges=None):
             if missing:
                 raise ValueError(f"no {', '.join(missing)} in it: another version of train.py wrote it; train anew")
             original = {key.removeprefix("model."): value for key, value in weights.items()}  # of what a probe probes
-            model = build_model(recipe["method"], load_clip(original, merges or recipe["merges"] or None),
-                                recipe["frames"], recipe["model"])
+            model = build_model(recipe, load_clip(original, merges or recipe["merges"]))
             model = LinearProbe(model, len(content["classes"])) if recipe["probe"] else model
             model.load_state_dict(weights)
             return model.eval(), recipe
@@ -134,9 +133,9 @@ def load_model(path, clip="ViT-B/16", merges=None):
         elif "mit.positional_embedding" in weights:
             head, frames = weights.get("mit.classify_head.2.weight"), weights["mit.positional_embedding"].shape[1]
             settings = {"form": "released"} if head is None else {"form": "released-ssv2", "num_classes": len(head)}
-            model = build_model("ila", load_clip(clip, merges), frames, settings)
-            load_released_ila(model, weights)
             recipe = VANILLA | {"method": "ila", "pixels": "imagenet", "frames": frames, "model": settings}
+            model = build_model(recipe, load_clip(clip, merges))
+            load_released_ila(model, weights)
         else:
             model, recipe = FramePool(load_clip(content, merges)), VANILLA
         return model.eval(), recipe
@@ -167,13 +166,13 @@ def ensemble(base, tuned, weight):
             if key.startswith("clip.") or key == "vision.positions" else value for key, value in tuned.items()}
 
 
-def views(recipe, model, **changes):
+def views(recipe, model):
     """How a model sees a video at test time, from its recipe (a dict): a data.Views."""
     size = model.clip.visual.resolution
     if 0 < recipe["short_side"] < size:
         raise ValueError(f"short_side={recipe['short_side']}: must be at least the model's {size} pixels, or 0")
     kept = {key: recipe[key] for key in ("frames", "sampling", "clips", "crops", "pixels")}
-    return data.Views(size=size, short_side=recipe["short_side"] or round(size * 256 / 224), **kept | changes)
+    return data.Views(size=size, short_side=recipe["short_side"] or round(size * 256 / 224), **kept)
 
 
 # ---- evaluation, on one process or many ------------------------------------------------------------------------------
@@ -607,7 +606,7 @@ def benchmark_model(variant, args, device):
     settings = settings | ({} if method == "ila" else {"prompt": "a pic"})
     if "reference_blocks" in settings:
         settings["reference_blocks"] = tuple(range(-(len(clip.visual.transformer.resblocks) // 3), 0))
-    model = build_model(method, clip, args.frames, settings).to(device)
+    model = build_model({"method": method, "frames": args.frames, "model": settings}, clip).to(device)
     model.set_classes([f"{i:07d}" for i in range(args.num_classes)])  # bytes: start + 4 + 7 + "." + end = 14
     return model
 
@@ -732,8 +731,7 @@ def chosen_model(args, default_clip):
     else:
         model, recipe = FramePool(load_clip(clip, args.merges)).eval(), VANILLA
     if args.ensemble is not None:
-        base = build_model(recipe["method"], load_clip(args.clip or recipe["clip"], args.merges), recipe["frames"],
-                           recipe["model"])
+        base = build_model(recipe, load_clip(args.clip or recipe["clip"], args.merges))
         model.load_state_dict(ensemble(base.state_dict(), model.state_dict(), args.ensemble))
     return model.to(start_processes(args.device)), recipe
 
@@ -877,7 +875,7 @@ def look(args):
         raise ValueError(f"--picture draws one video; --video names {len(paths)}")
     model, recipe = chosen_model(args, "ViT-B/16")
     model.set_classes(names)
-    seen = views(recipe, model, **{"clips": 1, "crops": 1} if args.every else {})
+    seen = views(recipe | ({"clips": 1, "crops": 1} if args.every else {}), model)
     for path in tqdm(paths, desc="videos", leave=False, disable=len(paths) < 3):
         record = {"video": path, "measure": "probability" if len(names) > 1 else "cosine similarity", "windows": []}
         try:

@@ -324,7 +324,7 @@ def open_folder(folder, recipe):
         raise ValueError(f"{folder} cannot be made a folder ({error.strerror}): choose another --out") from error
     for left in (*folder.glob(".*.pt.[0-9]*"), *folder.glob(".*.json*.[0-9]*")):  # by a write that was killed
         left.unlink()
-    new, path = json.loads(json.dumps(dataclasses.asdict(recipe))), folder / "recipe.json"
+    new, path = json.loads(json.dumps(vars(recipe))), folder / "recipe.json"
     if path.exists():
         old = read_json(path)
         differ = [f"{key}={old.get(key)}" for key in new if old.get(key) != new[key]
@@ -361,10 +361,9 @@ def start(recipe, folder, train_videos, validation_videos, device):
     torch.manual_seed(recipe.seed)
 
     def build():
-        clip = load_clip(recipe.clip, recipe.merges or None)
-        model = evaluation.build_model(recipe.method, clip, recipe.frames, recipe.model)
+        model = evaluation.build_model(vars(recipe), load_clip(recipe.clip, recipe.merges))
         if recipe.checkpoint:
-            evaluation.load_tuned(model, recipe.checkpoint, recipe.clip, recipe.merges or None)
+            evaluation.load_tuned(model, recipe.checkpoint, recipe.clip, recipe.merges)
         if recipe.probe:
             model = evaluation.LinearProbe(model, len(train_videos.classes))
         model.set_classes(train_videos.classes)
@@ -391,14 +390,10 @@ def start(recipe, folder, train_videos, validation_videos, device):
         block.checkpointing = recipe.checkpointing
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if several else model
     wrapped = torch.compile(wrapped) if recipe.compile else wrapped
-    training = data.TrainVideos(train_videos, views_of(recipe, model), recipe.seed, recipe.augmentation(),
-                                recipe.keep_decoded)
-    validation = data.TestVideos(validation_videos, views_of(recipe, model, clips=1, crops=1), recipe.keep_decoded)
+    views = evaluation.views(vars(recipe), model)
+    training = data.TrainVideos(train_videos, views, recipe.seed, recipe.augmentation(), recipe.keep_decoded)
+    validation = data.TestVideos(validation_videos, dataclasses.replace(views, clips=1, crops=1), recipe.keep_decoded)
     return Run(recipe, folder, training, validation, model, wrapped, optimizer, scaler, progress)
-
-
-def views_of(recipe, model, **changes):
-    return evaluation.views(dataclasses.asdict(recipe), model, **changes)
 
 
 def save_run(run):
@@ -408,7 +403,7 @@ def save_run(run):
         if world > 1 and buffer.is_floating_point():
             dist.all_reduce(buffer.div_(world))
     evaluation.on_first(lambda: save(run.folder / "last.pt", {
-        "recipe": dataclasses.asdict(run.recipe), "classes": list(run.training.videos.classes),
+        "recipe": vars(run.recipe), "classes": list(run.training.videos.classes),
         "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(), "progress": run.progress}))
 
@@ -519,7 +514,7 @@ def finish_epoch(run):
 
     def write():
         if "top1" in line and (line["top1"] > best or not recipe.keep_best):
-            save(run.folder / "best.pt", {"recipe": dataclasses.asdict(recipe), "model": run.model.state_dict(),
+            save(run.folder / "best.pt", {"recipe": vars(recipe), "model": run.model.state_dict(),
                                           "classes": list(run.training.videos.classes), "epoch": epoch})
         lines = "".join(json.dumps(old) + "\n" for old in progress["history"])
         write_atomically(run.folder / "log.jsonl", lambda file: file.write(lines.encode()))
@@ -559,8 +554,8 @@ def transfer(run, root):
     0.7 of the tuned weights and 0.3 of CLIP's [paper].
     """
     recipe, results = run.recipe, {}
-    clip = evaluation.first_alone(lambda: load_clip(recipe.clip, recipe.merges or None))
-    base = evaluation.build_model(recipe.method, clip, recipe.frames, recipe.model).state_dict()
+    clip = evaluation.first_alone(lambda: load_clip(recipe.clip, recipe.merges))
+    base = evaluation.build_model(vars(recipe), clip).state_dict()
     tuned = {name: value.clone() for name, value in run.model.state_dict().items()}
     weights = {"plain": tuned, "ensembled": evaluation.ensemble(base, tuned, 0.7)}
     for dataset in [name for name in TRANSFER if name != recipe.dataset]:
@@ -572,7 +567,7 @@ def transfer(run, root):
         results[dataset] = {}
         for kind, state in weights.items():
             run.model.load_state_dict(state)
-            results[dataset][kind] = {name: test(run, data.TestVideos(videos, views_of(recipe, run.model)))
+            results[dataset][kind] = {name: test(run, data.TestVideos(videos, run.training.views))
                                       for name, videos in tests.items()}
     run.model.load_state_dict(tuned)
     return results
@@ -590,13 +585,13 @@ def run_recipe(recipe, root, folder, device):
     for videos in (*tests.values(), train_videos):  # names that the model cannot take are told now, not after training
         run.model.set_classes(videos.classes)
     if rank == 0:  # only now: what could not even start leaves no trace
-        save_json(folder / "recipe.json", dataclasses.asdict(recipe))
+        save_json(folder / "recipe.json", vars(recipe))
     train_epochs(run)
     run.model.load_state_dict(read_state(folder / "best.pt")["model"])
-    results = {"recipe": dataclasses.asdict(recipe), "train_videos": len(train_videos.paths), "tests": {}, "transfer": {},
+    results = {"recipe": vars(recipe), "train_videos": len(train_videos.paths), "tests": {}, "transfer": {},
                "bad": sorted({error for line in run.progress["history"] for error in line["bad"]})}
     for name, videos in tests.items():
-        videos = data.TestVideos(videos, views_of(recipe, run.model), recipe.keep_decoded)
+        videos = data.TestVideos(videos, run.training.views, recipe.keep_decoded)
         results["tests"][name] = test(run, videos, None if results["tests"] else folder / "confusion.png")
     results["seconds"] = round(run.progress["history"][-1]["seconds"], 1)
     if recipe.protocol == "zeroshot" and recipe.dataset in data.PAGES:

@@ -8,6 +8,7 @@ import copy
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -90,7 +91,7 @@ def resume(folder):
 def checkpoints(folder):
     """Bytes and seconds of last.pt: weights and AdamW's two moments of a TC-CLIP."""
     for name, sizes in (("miniature", {}), ("ViT-B/16", B16)):
-        model = evaluation.build_model("tc", tiny_clip(**sizes), 16, SETTINGS["tc"])
+        model = evaluation.build_model({"method": "tc", "frames": 16, "model": SETTINGS["tc"]}, tiny_clip(**sizes))
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
@@ -121,22 +122,19 @@ def collectives(_):
 
 
 def one_step(method, checkpointing, batch, results):
-    """Memory in GB before and at most, and seconds, of forward and backward on videos of 8 frames, 50 classes, ViT-B/16."""
-    model = evaluation.build_model(method, tiny_clip(**B16), 8, SETTINGS[method]).train()
+    """Memory in GB at most, and seconds, of forward and backward on videos of 8 frames, 50 classes, at ViT-B/16."""
+    model = evaluation.build_model({"method": method, "frames": 8, "model": SETTINGS[method]}, tiny_clip(**B16)).train()
     model.set_classes([f"{i:07d}" for i in range(50)])
     for block in (module for module in model.modules() if isinstance(module, Block)):
         block.checkpointing = checkpointing
     video = torch.randn(batch, 8, 3, 224, 224)
-    def status():  # GB: resident now, and at most so far
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return [int(lines[name].split()[0]) / 1e6 for name in ("VmRSS", "VmHWM")]
-    before = status()[0]
     def step():
         logits, aux = model(video)
         (logits.square().sum() + aux).backward()
         model.zero_grad()
     seconds = [timed(step)[0] for _ in range(3)]
-    results.put((before, status()[1], min(seconds)))
+    peak = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]  # KB
+    results.put((int(peak) / 1e6, min(seconds)))
 
 
 def memory(_):
@@ -153,7 +151,7 @@ def memory(_):
                 child.start()
                 found.append(results.get())
                 child.join()
-            (_, one, seconds), (_, three, _) = found
+            (one, seconds), (three, _) = found
             plain = plain or seconds
             print(f"{method + ', checkpointing' * checkpointing:22}{one:9.2f}{(three - one) / 2:15.2f}{seconds:9.1f}"
                   f"{seconds / plain:7.2f}", flush=True)
@@ -163,7 +161,8 @@ def compile(_):
     """torch.compile with its default code generator: one step of the miniature's size against the plain one."""
     for method in SETTINGS:
         torch.manual_seed(0)
-        model = evaluation.build_model(method, tiny_clip(vision_layers=2, text_layers=1), 8, SETTINGS[method]).train()
+        clip = tiny_clip(vision_layers=2, text_layers=1)
+        model = evaluation.build_model({"method": method, "frames": 8, "model": SETTINGS[method]}, clip).train()
         model.set_classes(["red", "green", "blue"])
         wrapped, video = torch.compile(copy.deepcopy(model)), torch.randn(8, 8, 3, 32, 32)
         first, (logits, _) = timed(lambda: wrapped(video))

@@ -43,7 +43,7 @@ def write_checkpoints(folder, clip):
     """Files that train.py might have written, a few of them spoiled."""
     for method in ("tc", "ila"):
         recipe = train.resolve_recipe("fewshot", method, "shapes")
-        model = evaluation.build_model(method, load_clip(clip), recipe.frames, recipe.model)
+        model = evaluation.build_model(vars(recipe), load_clip(clip))
         content = {"recipe": dataclasses.asdict(recipe), "classes": ["a"], "model": model.state_dict()}
         torch.save(content, folder / f"{method}.pt")
     recipe = content["recipe"]

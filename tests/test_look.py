@@ -27,7 +27,7 @@ NAMES = "red to blue, blue to red, a dog"
 def tuned(world, tmp_path_factory):
     """A checkpoint of TC-CLIP as train.py writes it, of random weights."""
     recipe = train.resolve_recipe("fewshot", "tc", "shapes")
-    model = evaluation.build_model("tc", load_clip(world / "clip.pt"), recipe.frames, recipe.model)
+    model = evaluation.build_model(vars(recipe), load_clip(world / "clip.pt"))
     path = tmp_path_factory.mktemp("tuned") / "best.pt"
     torch.save({"recipe": dataclasses.asdict(recipe), "classes": ["a"], "model": model.state_dict()}, path)
     return path

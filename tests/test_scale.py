@@ -283,7 +283,7 @@ METHODS = {"tc": {"prompt": "a pic"}, "ila": {}, "vifi": {"prompt": "a pic"}}
 def small(method, dtype=torch.float32, **settings):
     torch.manual_seed(0)
     clip = tiny_clip(dtype, vision_layers=2, text_layers=1)
-    model = evaluation.build_model(method, clip, 8, METHODS[method] | settings)
+    model = evaluation.build_model({"method": method, "frames": 8, "model": METHODS[method] | settings}, clip)
     model.set_classes(["red", "green", "blue to red"])
     return model.train()
 

@@ -66,7 +66,7 @@ def test_ilas_recipes():
     assert (ssv2.lr, ssv2.lr_min, ssv2.weight_decay, ssv2.sampling, ssv2.smoothing, ssv2.mixup, ssv2.cutmix, ssv2.flip) == (
         5e-4, 5e-6, 0.01, "uniform", 0, 0, 0, 0)
     for recipe, settings, multiples in ((k400, {}, {1.0, 10.0}), (ssv2, {"num_classes": 5}, {1.0})):
-        model = evaluation.build_model("ila", tiny_clip(), 8, settings)
+        model = evaluation.build_model(vars(recipe) | {"model": settings}, tiny_clip())
         groups = train.parameter_groups(model, recipe)
         names = {id(p): name for name, p in model.named_parameters()}
         assert {group["multiple"] for group in groups} == multiples
@@ -108,7 +108,7 @@ def test_the_released_schedule_and_groups():
         ours = [[train.learning_rate(t, total, warmup, multiple * lr, lowest) for multiple in (1, 10)] for t in before]
         np.testing.assert_allclose(ours, figures[f"lr_used_{accumulation}"], rtol=1e-12)
     recipe = train.resolve_recipe("zeroshot", "tc", "k400")
-    model = evaluation.build_model("tc", tiny_clip(), 16, {"prompt": "a pic"})
+    model = evaluation.build_model(vars(recipe) | {"model": {"prompt": "a pic"}}, tiny_clip())
     optimizer = torch.optim.AdamW(train.parameter_groups(model, recipe), lr=recipe.lr)
     used = []
     for step in range(total):
