@@ -313,12 +313,12 @@ def inside_pairs(probabilities, videos):
     What cannot see the order of frames scores exactly .5 on clips and their reversals. None where no class has one.
     """
     names = {name: i for i, name in enumerate(videos.classes)}
-    opposite = [names.get(data.opposite(name)) for name in videos.classes]
-    rows = [i for i, label in enumerate(videos.labels) if opposite[label] not in (None, label)]
-    if not rows:
+    labels = np.asarray(videos.labels)
+    opposite = np.array([names.get(data.opposite(name), i) for i, name in enumerate(videos.classes)])  # or itself
+    rows = np.flatnonzero(opposite[labels] != labels)
+    if not len(rows):
         return None
-    labels = np.asarray(videos.labels)[rows]
-    own, other = probabilities[rows, labels], probabilities[rows, np.asarray(opposite, dtype=object)[labels].astype(int)]
+    own, other = probabilities[rows, labels[rows]], probabilities[rows, opposite[labels[rows]]]
     return float(((own > other) + 0.5 * (own == other)).mean())
 
 
@@ -430,22 +430,18 @@ def point_column(frame, point, mask, side):
 def draw_seen(model, clip, path, classes, probabilities, pixels="imagenet"):
     """Eight frames of a clip (T,3,R,R) uint8, what TC-CLIP or ILA saw in them in the last block that shows it, and bars
     of the classes; a PNG at `path`. A model without context tokens or points shows the frames alone."""
-    video, summaries, points = data.normalise(clip.to(model.clip.logit_scale.device), pixels)[None], {}, []
+    video = data.normalise(clip.to(model.clip.logit_scale.device), pixels)[None]  # (1,T,3,R,R)
     shown = np.unique(np.linspace(0, len(clip) - 1, min(len(clip), 8)).round().astype(int))
     side, title, rows = min(1400 // len(shown) - 6, 300), f"What the model saw: {len(clip)} frames", ("frame",)
     columns = [(thumbnail(clip[t], side),) for t in shown]
-    if isinstance(model, TCCLIP):
-        summaries = model.vision(model.clip.visual, video)[2]
-    elif isinstance(model, ILA):
-        points = model.interactive_points(video)
-    if summaries:
+    if isinstance(model, TCCLIP) and (summaries := model.vision(model.clip.visual, video)[2]):
         block, summary = max(summaries.items())
         (T, S), k = summary.seeds.shape[1:], summary.sizes.shape[1]
         scores, seeds, group = (x.reshape(T, -1).cpu().numpy() for x in (summary.scores, summary.seeds, summary.group))
         title = f"TC-CLIP, block {block + 1}: {T} frames x {S} seeds, merged to {k} context tokens"
         rows = "frame", "attention of\nthe class token", f"the {S} seeds", "context tokens\n(one colour each)"
         columns = [context_column(clip[t], scores[t], seeds[t], group[t], context_colours(k), side) for t in shown]
-    elif points:
+    elif isinstance(model, ILA) and (points := model.interactive_points(video)):
         masks = interactive_mask(points[-1], math.isqrt(len(model.clip.visual.positional_embedding) - 1)).flatten(2)
         title = f"ILA, aligned block {len(points)}: interactive points, and the masks around them"
         rows = "frame, point\nand box", "mask"
@@ -562,19 +558,6 @@ def draw_reversal(models, clip, names, path, pixels="imagenet"):
     picture.save(path)
 
 
-def test(model, videos, batch, workers, precision, title="evaluating", picture=None, subsets={}):
-    """The scores of a model on a data.TestVideos, as results.json holds them, and a picture of what is taken for what."""
-    probabilities, bad = predict(model, videos, batch, workers, precision, title)
-    videos = videos.videos
-    if picture and rank_and_world()[0] == 0:
-        draw_confusion(probabilities, videos.labels, videos.classes, picture)
-    pairs = inside_pairs(probabilities, videos)
-    return {"videos": len(videos.labels), "classes": len(videos.classes),
-            "top1": top_k(probabilities, videos.labels, 1), "top5": top_k(probabilities, videos.labels, 5),
-            **({} if pairs is None else {"pairs": pairs}), "bad": [error for _, error in bad],
-            "absent": list(videos.absent), **subset_scores(probabilities, videos.labels, subsets)}
-
-
 # ---- benchmark -------------------------------------------------------------------------------------------------------
 
 ARCHITECTURES = {  # what CLIP(...) needs, for random weights: no download; see clip_vit.sizes_of
@@ -596,10 +579,10 @@ def benchmark_model(variant, args, device):
     """A method around random weights of the architecture, with 14-token prompts, Kinetics' longest, for its classes."""
     method, settings = VARIANTS[variant]
     torch.manual_seed(0)
-    if args.clip and args.clip not in ARCHITECTURES:
+    if args.clip not in ARCHITECTURES:
         clip = load_clip(args.clip, args.merges)
     else:
-        clip = CLIP(**ARCHITECTURES[args.clip or "ViT-B/16"])
+        clip = CLIP(**ARCHITECTURES[args.clip])
         for name, p in clip.named_parameters():
             if p.dim() != 1 or "embedding" in name:
                 nn.init.normal_(p, std=0.02)
@@ -614,9 +597,10 @@ def benchmark_model(variant, args, device):
 def count_multiply_adds(model, video):
     """(per video, once per class set) in G: half the FLOPs of a forward pass. The math kernel, as the fused one hides."""
     counts = []
+    model.eval()
     for _ in range(2):  # the first forward also computes what is the same for all videos
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            model.eval()(video[:1]) if not counts else model(video[:1])
+            model(video[:1])
         counts.append(counter.get_total_flops() / 2e9)
     return counts[1], counts[0] - counts[1]
 
@@ -643,8 +627,7 @@ def peak_memory(variant, args):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     # Linux's high-water mark of this process; ru_maxrss would start at its parent's
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1e6
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
 
 
 def memory_of(variant, args):
@@ -657,7 +640,7 @@ def memory_of(variant, args):
 
 def benchmark(args):
     """The methods side by side in one run: parameters, multiply-adds, time and memory, each against frame pooling."""
-    args.batch = args.batch or 2
+    args.batch, args.clip = args.batch or 2, args.clip or "ViT-B/16"
     device = start_processes(args.device)
     models = {variant: benchmark_model(variant, args, device) for variant in VARIANTS}
     base, side = "frame pooling", models["frame pooling"].clip.visual.resolution
@@ -669,8 +652,7 @@ def benchmark(args):
     seconds = {name: np.array(taken[1:]) for name, taken in seconds.items()}  # the first is a warm-up
     memory = {name: memory_of(name, args) for name in models}
     processor = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    clip = args.clip or "ViT-B/16"
-    print(f"{clip}, {'training step' if args.train else 'forward'}, {args.frames} frames, batch {args.batch}, "
+    print(f"{args.clip}, {'training step' if args.train else 'forward'}, {args.frames} frames, batch {args.batch}, "
           f"{args.num_classes} classes, {args.precision}, {processor}; medians of {args.repeats} "
           "(smallest to largest ratio)")
     print(f"{'':22}{'parameters':>11}{'trained':>9}{'G per video':>13}{'paper G':>9}{'G per class set':>17}"
@@ -680,7 +662,7 @@ def benchmark(args):
         count, trained = (sum(p.numel() for key, p in model.named_parameters() if "token_embedding" not in key
                               and (p.requires_grad or every)) / 1e6 for every in (True, False))
         print(f"{name:22}{count:9.1f} M{trained:7.1f} M{costs[name][0]:13.1f}"
-              f"{PAPER_COSTS.get((name, clip, args.frames), ''):>9}{costs[name][1]:17.1f}"
+              f"{PAPER_COSTS.get((name, args.clip, args.frames), ''):>9}{costs[name][1]:17.1f}"
               f"{args.batch / np.median(seconds[name]):10.2f}"
               f"{np.median(ratios):8.3f} ({ratios.min():.2f}-{ratios.max():.2f})"
               f"{memory[name]:9.2f}{memory[name] / memory[base]:7.2f}")
@@ -734,6 +716,19 @@ def chosen_model(args, default_clip):
         base = build_model(recipe, load_clip(args.clip or recipe["clip"], args.merges))
         model.load_state_dict(ensemble(base.state_dict(), model.state_dict(), args.ensemble))
     return model.to(start_processes(args.device)), recipe
+
+
+def test(model, videos, batch, workers, precision, title="evaluating", picture=None, subsets={}):
+    """The scores of a model on a data.TestVideos, as results.json has them, and a picture of what is taken for what."""
+    probabilities, bad = predict(model, videos, batch, workers, precision, title)
+    videos = videos.videos
+    if picture and rank_and_world()[0] == 0:
+        draw_confusion(probabilities, videos.labels, videos.classes, picture)
+    pairs = inside_pairs(probabilities, videos)
+    return {"videos": len(videos.labels), "classes": len(videos.classes),
+            "top1": top_k(probabilities, videos.labels, 1), "top5": top_k(probabilities, videos.labels, 5),
+            **({} if pairs is None else {"pairs": pairs}), "bad": [error for _, error in bad],
+            "absent": list(videos.absent), **subset_scores(probabilities, videos.labels, subsets)}
 
 
 def describe_scores(name, score):
@@ -847,9 +842,9 @@ def look_at(model, path, names, seen, args, out):
             frames = [*frames[::1 + (len(frames) == 64)], (start, clip[len(clip) // 2])]  # eight will be drawn
         else:
             lines += [f"  {values[i]:.3f}  {titles[i]}" for i in order[:5]]
-        if isinstance(model, ILA) and not args.every:
-            distance = frame_distance(model, clip, seen.pixels)
-            lines.append(f"  {distance:.3f}  earth mover's distance between adjacent frames")
+            if isinstance(model, ILA):
+                distance = frame_distance(model, clip, seen.pixels)
+                lines.append(f"  {distance:.3f}  earth mover's distance between adjacent frames")
         tqdm.write("\n".join(lines), file=out)
         if args.picture and not args.every:
             draw_seen(model, clip, args.picture, [titles[i] for i in order[:5]], values[order[:5]].tolist(), seen.pixels)
