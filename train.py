@@ -149,10 +149,10 @@ MINIATURE = dict(
     strengths=(0.15, 0.15, 0.0, 0.0), smoothing=0.0, mixup=0.0, cutmix=0.0, epochs=20, warmup_epochs=1.0, lr=5e-4, lr_min=0.0,
     new_lr=6.0, position_lr=40.0, schedule="continuous", batch=16, micro_batch=16, weight_decay=0.05, position_decay=0.0,
     clip_grad=1.0, eval_every=5, save_every=100, keep_best=False, workers=0, keep_decoded=True)
-MINIATURE_MODEL = {"vifi": dict(prompt="a pic"),
-                   "tc": dict(prompt="a pic", positions="joint", context_tokens=16),
-                   "ila": dict(align_weight=0.01)}
-MINIATURE_ILA = dict(lr=3e-4, new_lr=10.0, position_lr=66.0)
+MINIATURE_METHODS = {
+    "vifi": dict(model=dict(prompt="a pic")),
+    "tc": dict(model=dict(prompt="a pic", positions="joint", context_tokens=16)),
+    "ila": dict(lr=3e-4, new_lr=10.0, position_lr=66.0, model=dict(align_weight=0.01))}
 PROBE = dict(lr=1e-3, lr_min=1e-5, new_lr=1.0, smoothing=0.0, mixup=0.0, cutmix=0.0)  # [ours]
 
 
@@ -184,7 +184,7 @@ def resolve_recipe(protocol, method, dataset, settings=(), **given):
     if method == "ila" and protocol == "supervised" and dataset in ILA_SUPERVISED:
         values |= ILA_SUPERVISED[dataset]
     if dataset == "shapes":
-        values |= MINIATURE | (MINIATURE_ILA if method == "ila" else {}) | {"model": MINIATURE_MODEL[method]}
+        values |= MINIATURE | MINIATURE_METHODS[method]
     if dataset == "ssv2":
         values |= {"flip": 0.0}  # left and right are part of its classes
     if "probe=true" in settings:
@@ -240,11 +240,10 @@ def parameter_groups(model, recipe):
 def set_rates(optimizer, recipe, step, per_epoch):
     """Sets the learning rates of optimiser step `step`; returns the base rate."""
     t = max(step - 1, 0) if recipe.schedule == "released" else step + 0.5
+    total, warmup = recipe.epochs * per_epoch, recipe.warmup_epochs * per_epoch
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(t, recipe.epochs * per_epoch, recipe.warmup_epochs * per_epoch,
-                                    recipe.lr * group["multiple"], recipe.lr_min, recipe.schedule)
-    return learning_rate(t, recipe.epochs * per_epoch, recipe.warmup_epochs * per_epoch, recipe.lr, recipe.lr_min,
-                         recipe.schedule)
+        group["lr"] = learning_rate(t, total, warmup, recipe.lr * group["multiple"], recipe.lr_min, recipe.schedule)
+    return learning_rate(t, total, warmup, recipe.lr, recipe.lr_min, recipe.schedule)
 
 
 def epoch_batches(recipe, count, epoch, rank=0, world=1):
@@ -383,12 +382,11 @@ def start(recipe, folder, train_videos, validation_videos, device):
             progress = state["progress"]
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / 'last.pt'} is not of this run ({error!s:.200}): choose another --out") from error
-    several = evaluation.rank_and_world()[1] > 1
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for block in (module for module in model.modules() if isinstance(module, Block)):
         block.checkpointing = recipe.checkpointing
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if several else model
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if evaluation.rank_and_world()[1] > 1 else model
     wrapped = torch.compile(wrapped) if recipe.compile else wrapped
     views = evaluation.views(vars(recipe), model)
     training = data.TrainVideos(train_videos, views, recipe.seed, recipe.augmentation(), recipe.keep_decoded)
@@ -554,10 +552,9 @@ def transfer(run, root):
     0.7 of the tuned weights and 0.3 of CLIP's [paper].
     """
     recipe, results = run.recipe, {}
-    clip = evaluation.first_alone(lambda: load_clip(recipe.clip, recipe.merges))
-    base = evaluation.build_model(vars(recipe), clip).state_dict()
+    base = evaluation.first_alone(lambda: evaluation.build_model(vars(recipe), load_clip(recipe.clip, recipe.merges)))
     tuned = {name: value.clone() for name, value in run.model.state_dict().items()}
-    weights = {"plain": tuned, "ensembled": evaluation.ensemble(base, tuned, 0.7)}
+    weights = {"plain": tuned, "ensembled": evaluation.ensemble(base.state_dict(), tuned, 0.7)}
     for dataset in [name for name in TRANSFER if name != recipe.dataset]:
         try:
             tests = data.load_tests(dataset, root.parent / dataset, labels="llm" if recipe.labels else "")
@@ -569,7 +566,6 @@ def transfer(run, root):
             run.model.load_state_dict(state)
             results[dataset][kind] = {name: test(run, data.TestVideos(videos, run.training.views))
                                       for name, videos in tests.items()}
-    run.model.load_state_dict(tuned)
     return results
 
 
@@ -695,10 +691,8 @@ def prepare_miniature(root, device):
 
 def figures(result):
     """A run's results as the papers' tables have them: {row: {column: [top-1 in %, of several splits several]}}."""
-    recipe, tests = result["recipe"], result["tests"]
-    row, scores = recipe["method"], list(tests.values())
-    if recipe["probe"]:
-        row += ", linear probe"
+    recipe, tests, scores = result["recipe"], result["tests"], list(result["tests"].values())
+    row = recipe["method"] + ", linear probe" * recipe["probe"]
     if recipe["protocol"] == "base2novel":
         rows = {row: {name: [100 * tests[name]["top1"]] for name in ("base", "novel")}}
     elif recipe["protocol"] == "supervised" and len(tests) == 1:
@@ -760,10 +754,9 @@ def runs_of(protocol, settings):
 
 def recipes_of(args, dataset, root, out):
     """{run folder: recipe} of all that a command asks for; the folder is `out` itself for a single run with --out."""
-    methods = [args.method or "tc"]
+    methods = [args.method] if args.method else ["vifi", "tc"] if dataset == "shapes" else ["tc"]
     given = {key: getattr(args, key) for key in ("clip", "merges", "checkpoint", "upstream_labels", "compile")}
     if dataset == "shapes":
-        methods = [args.method] if args.method else ["vifi", "tc"]
         given["clip"] = args.clip or str(root / "clip.pt")
     recipes = {out / method / name: resolve_recipe(args.protocol, method, dataset, settings, **given)
                for method in methods for name, settings in runs_of(args.protocol, args.set).items()}
