@@ -378,6 +378,7 @@ PAGES = {"hmdb51": "https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human
          "k600": "https://github.com/cvdfoundation/kinetics-dataset",
          "ssv2": "https://www.qualcomm.com/developer/software/something-something-v-2-dataset"}
 DATASETS = ("shapes", *PAGES, "folder")
+CLASS_COUNTS = {"hmdb51": 51, "ucf101": 101, "k400": 400, "k600": 600, "ssv2": 174}
 SPLITS = "split1", "split2", "split3"
 KINETICS = {"train": ("train.csv", "kinetics*train.csv"),
             "val": ("val.csv", "validate.csv", "kinetics*val.csv", "kinetics*validate.csv")}

@@ -21,6 +21,7 @@ import uuid
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -479,7 +480,7 @@ def draw_strip(path, title, windows, classes, frames):
     top = 110 + side
     picture, draw = sheet(1600, top + band * len(chosen) + 50, title)
     for share in (np.arange(count) + 0.5) / count:
-        seconds, frame = [item for item in frames if item[0] <= last * share][-1]
+        seconds, frame = frames[int(share * len(frames))]
         picture.paste(thumbnail(frame, side), (int(left + width * share - side / 2), 70))
         text(draw, (left + width * share, 76 + side), clock(seconds), 18, "ma")
     for place, c in enumerate(chosen):
@@ -514,7 +515,7 @@ def draw_confusion(probabilities, labels, classes, path):
     size, side = min(cell, 18), cell * C
     room = int(min(240, max((ImageFont.load_default(size).getlength(name) for name in names), default=0))) + 10
     left, top = 20 + room, 70 + room
-    title = f"Rows: the true class; columns: what it is taken for; top-1 {np.trace(counts) / len(labels):.1%}"
+    title = f"Rows: the true class; columns: what it is taken for (blue: rightly); top-1 {np.trace(counts) / len(labels):.1%}"
     picture, draw = sheet(max(left + side + 30, 1000), top + side + 60 + 28 * len(worst), title)
     picture.paste(Image.fromarray(shade).resize((side, side), Image.Resampling.NEAREST), (left, top))
     for i, name in enumerate(names):
@@ -913,6 +914,16 @@ TASKS_OF = {name: tasks for names, tasks in (  # the tasks that heed a flag; wha
     ("clip merges batch precision device", ("zeroshot", "video", "benchmark"))) for name in names.split()}
 
 
+class Parser(argparse.ArgumentParser):
+    """For both scripts: an error is one line; help is as wide on every terminal."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=100), **settings)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} ({self.prog} --help tells all flags)\n")
+
+
 def check_flags(parser, args):
     """For both scripts: a flag may be neither empty, as a shell's unset variable leaves it, nor name an absent file."""
     for name, value in vars(args).items():
@@ -926,7 +937,9 @@ def check_flags(parser, args):
 
 def check_task(parser, args):
     """Refuses, before anything is loaded, flags that the task does not heed and values that cannot be meant."""
-    task = next(name for name in ("zeroshot", "video", "check", "benchmark") if getattr(args, name))
+    task = next((name for name in ("zeroshot", "video", "check", "benchmark") if getattr(args, name)), None)
+    if not task:
+        parser.error("give one of --zeroshot, --video, --check and --benchmark")
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
         if value != parser.get_default(name) and task not in TASKS_OF.get(name, (task,)):
@@ -946,12 +959,12 @@ def check_task(parser, args):
 
 
 def parse_args(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    task = parser.add_mutually_exclusive_group(required=True)
+    parser = Parser(description=__doc__, usage="eval.py (--zeroshot | --video | --check | --benchmark) ... [flags]")
+    task = parser.add_mutually_exclusive_group()
     flag = task.add_argument
     flag("--zeroshot", choices=data.DATASETS, metavar="DATASET", help=f"test on one of {', '.join(data.DATASETS)}")
     flag("--video", nargs="+", metavar="PATH", help="look at videos and at all videos in folders")
-    flag("--check", metavar="DIR", help="read every video below DIR and name those that fail")
+    flag("--check", metavar="DIR", help="read every video below DIR as a test does, and name those that fail")
     flag("--benchmark", action="store_true", help="speed, cost and memory of the methods, side by side")
     flag = parser.add_argument_group("for --zeroshot").add_argument
     flag("--data", metavar="DIR", help="folder of the data; default data/DATASET")
@@ -969,7 +982,7 @@ def parse_args(arguments=None):
     flag("--checkpoint", metavar="FILE", help="a best.pt of train.py, or a released file; default: vanilla CLIP")
     flag("--ensemble", type=float, metavar="W", help="(1 - W) x CLIP's weights + W x the checkpoint's; default 1")
     flag("--json", metavar="FILE", help='also write the results, - to standard output; of --video [{"video", "measure"'
-         ', "windows": [{"start", "end", "classes": {name: value}}]}], in seconds; default: no file')
+         ', "windows": [{"start", "end", "classes": {name: value}}]}], in seconds, end null for a whole video; default: no file')
     flag("--picture", metavar="PNG", help="draw what the model saw; with --every what happens when; with --zeroshot "
          "which classes are taken for which; default: no picture")
     flag = parser.add_argument_group("for --benchmark").add_argument

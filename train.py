@@ -13,6 +13,7 @@ videos alone, and dropout is drawn per process.
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import inspect
 import itertools
 import json
@@ -21,6 +22,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 import typing
@@ -194,13 +196,18 @@ def resolve_recipe(protocol, method, dataset, settings=(), **given):
     values |= {key: value for key, value in given.items() if value}
     run, model = knobs(Recipe), knobs(evaluation.METHODS[method][1])
     for setting in settings:
-        name, _, text = setting.partition("=")
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: write it as key=value, without spaces")
         if name in run:
             values[name] = parse_value(name, text, *run[name])
         elif name in model:
             values["model"] = values["model"] | {name: parse_value(name, text, *model[name])}
         else:
-            raise ValueError(f"--set {setting}: {method} has no {name!r}; known are {', '.join([*run, *model])}")
+            owner = [other for other, (_, config) in evaluation.METHODS.items() if name in knobs(config)]
+            like = difflib.get_close_matches(name, [*run, *model], 1)
+            hint = f", --method {owner[0]} has" if owner else f"; did you mean {like[0]}?" if like else ""
+            raise ValueError(f"--set {setting}: {method} has no {name!r}{hint}; known are {', '.join([*run, *model])}")
     return Recipe(protocol, method, dataset, **values)
 
 
@@ -326,10 +333,10 @@ def open_folder(folder, recipe):
     new, path = json.loads(json.dumps(vars(recipe))), folder / "recipe.json"
     if path.exists():
         old = read_json(path)
-        differ = [f"{key}={old.get(key)}" for key in new if old.get(key) != new[key]
+        differ = [f"{key} is {old.get(key)!r} there, {new[key]!r} now" for key in new if old.get(key) != new[key]
                   and key not in ("workers", "save_every", "compile", "checkpointing")]
         if differ:
-            raise ValueError(f"{folder} holds another run, with {', '.join(differ)}: choose another --out, or delete it")
+            raise ValueError(f"{folder} holds another run ({'; '.join(differ)}): choose another --out, or delete it")
     elif any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files and no recipe.json: choose another --out, or an empty folder")
 
@@ -517,6 +524,9 @@ def finish_epoch(run):
         lines = "".join(json.dumps(old) + "\n" for old in progress["history"])
         write_atomically(run.folder / "log.jsonl", lambda file: file.write(lines.encode()))
         evaluation.draw_curves(progress["history"], run.folder / "curves.png")
+        if "top1" in line:
+            tqdm.write(f"epoch {epoch} of {recipe.epochs}: loss {line['loss']:.4f}, validation top-1 {line['top1']:.1%}",
+                       file=sys.stderr)
     evaluation.on_first(write)  # nobody reads best.pt before it is whole
     if epoch == recipe.epochs:
         save_run(run)
@@ -569,6 +579,20 @@ def transfer(run, root):
     return results
 
 
+def announce(recipe, folder, train_videos, tests):
+    """What a run begins with, as lines of text: its folder, its data, and the recipe where it is not the default."""
+    sets = ", ".join(f"{name} of {len(videos.paths)}" for name, videos in tests.items())
+    words = f"{folder}: {recipe.method} on {recipe.dataset}, {len(train_videos.paths)} training videos of " \
+            f"{len(train_videos.classes)} classes; tests: {sets}"
+    count = data.CLASS_COUNTS.get(recipe.dataset, len(train_videos.classes))
+    if len(train_videos.classes) != count and recipe.protocol != "base2novel":
+        words += f" ({recipe.dataset} has {count} classes: is this its folder, with its annotations?)"
+    settings = [f"{name}={getattr(recipe, name)}".replace(" ", "") for name, (_, default) in knobs(Recipe).items()
+                if getattr(recipe, name) != default]
+    return words + "\n" + textwrap.fill(" ".join([*settings, *(f"{k}={v}" for k, v in recipe.model.items())]), 118,
+                                        initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+
+
 def run_recipe(recipe, root, folder, device):
     """Trains by a recipe, tests on every test set, writes results.json and returns what it holds."""
     rank, _ = evaluation.rank_and_world()
@@ -582,6 +606,7 @@ def run_recipe(recipe, root, folder, device):
         run.model.set_classes(videos.classes)
     if rank == 0:  # only now: what could not even start leaves no trace
         save_json(folder / "recipe.json", vars(recipe))
+        print(announce(recipe, folder, train_videos, tests), file=sys.stderr)
     train_epochs(run)
     run.model.load_state_dict(read_state(folder / "best.pt")["model"])
     results = {"recipe": vars(recipe), "train_videos": len(train_videos.paths), "tests": {}, "transfer": {},
@@ -740,7 +765,8 @@ def table(results):
 
 
 def runs_of(protocol, settings):
-    """{name: settings} of the runs that a command asks for: one, or one per value where `shots=2,4` or `seed=1,2,3`.
+    """{name: settings} of the runs that a command asks for: one, or one per value where `shots=2,4` or `seed=1,2,3`;
+    names are "", "-shots=2" and the like.
 
     base2novel is the mean of three seeds [paper] unless told otherwise.
     """
@@ -749,7 +775,7 @@ def runs_of(protocol, settings):
         swept["seed"] = ["1", "2", "3"]
     others = [setting for setting in settings if setting.partition("=")[0] not in SWEPT]
     choices = itertools.product(*([f"{name}={value}" for value in values] for name, values in swept.items()))
-    return {"/".join(choice): [*others, *choice] for choice in choices}
+    return {"".join(f"-{setting}" for setting in choice): [*others, *choice] for choice in choices}
 
 
 def recipes_of(args, dataset, root, out):
@@ -758,7 +784,7 @@ def recipes_of(args, dataset, root, out):
     given = {key: getattr(args, key) for key in ("clip", "merges", "checkpoint", "upstream_labels", "compile")}
     if dataset == "shapes":
         given["clip"] = args.clip or str(root / "clip.pt")
-    recipes = {out / method / name: resolve_recipe(args.protocol, method, dataset, settings, **given)
+    recipes = {out / f"{method}{name}": resolve_recipe(args.protocol, method, dataset, settings, **given)
                for method in methods for name, settings in runs_of(args.protocol, args.set).items()}
     if args.out and len(recipes) == 1:
         return {out: recipe for recipe in recipes.values()}
@@ -820,10 +846,10 @@ def parse_args(arguments=None):
     known = [describe("--set for every run (defaults where no recipe of the papers says otherwise):", Recipe)]
     known += [describe(f"--set for --method {method}:", config, knobs(Recipe))
               for method, (_, config) in evaluation.METHODS.items()]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="\n".join(known))
+    parser = evaluation.Parser(description=__doc__, epilog="\n".join(known),
+                               usage="train.py --protocol PROTOCOL [flags] [--set key=value ...]")
     flag = parser.add_argument
-    flag("--protocol", required=True, choices=PROTOCOLS, help="the papers' experiment; needed")
+    flag("--protocol", choices=PROTOCOLS, help="the papers' experiment; needed")
     flag("--method", choices=evaluation.METHODS, help="default tc; on the miniature, vifi and tc")
     flag("--dataset", help=f"one of {', '.join(data.DATASETS)}; default shapes, the miniature world")
     flag("--data", metavar="DIR", help="folder of the data; default data/DATASET")
@@ -835,7 +861,8 @@ def parse_args(arguments=None):
     flag("--out", metavar="DIR", help="run folder; default runs/DATASET-PROTOCOL/METHOD. The same command resumes")
     flag("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides, listed below; "
          "shots=2,4,8 or seed=1,2,3 are so many runs; default: none")
-    return evaluation.check_flags(parser, parser.parse_args(arguments))
+    args = evaluation.check_flags(parser, parser.parse_args(arguments))
+    return args if args.protocol else parser.error(f"--protocol is needed, one of {', '.join(PROTOCOLS)}")
 
 
 if __name__ == "__main__":

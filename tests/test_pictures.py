@@ -98,7 +98,7 @@ def test_a_strip_has_a_band_for_each_class_as_high_as_its_value(tmp_path, words)
         for value, colour in zip(values, (BLUE, ORANGE)):
             assert abs((column == np.array(colour)).all(-1).sum() - 50 * value) <= 1.5
     drawn = [word for word, _ in words]
-    assert drawn[:4] == ["a.mp4", "0:00", "0:02", "0:02"] and drawn[-5:] == ["0:00", "0:02.2", "0:04.5", "0:06.8", "0:09"]
+    assert drawn[:4] == ["a.mp4", "0:00", "0:02", "0:08"] and drawn[-5:] == ["0:00", "0:02.2", "0:04.5", "0:06.8", "0:09"]
     assert {"max 0.90", "max 1.00", "red to blue"} <= set(drawn)
     evaluation.draw_strip(tmp_path / "one.png", "a", [(0, 2, np.array([0.2])), (2, 4, np.array([0.1]))], ["a"], frames)
     image = pixels(tmp_path / "one.png")[top:]  # a similarity fills its band where it is highest

@@ -81,13 +81,13 @@ def test_absent_videos_are_left_out_and_said(root, capsys):
 @pytest.mark.parametrize("dataset", ["hmdb51", "ucf101", "ssv2"])
 def test_fewshot_is_tested_on_split_1_alone(root, tmp_path, dataset, capsys):
     results = run(root, tmp_path / "run", "fewshot", dataset, "shots=1,2")
-    assert list(results) == ["tc/shots=1", "tc/shots=2"]
+    assert list(results) == ["tc-shots=1", "tc-shots=2"]
     for shots, result in zip((1, 2), results.values()):
         assert result["train_videos"] == 4 * shots and list(result["tests"]) == ["val" if dataset == "ssv2" else "split1"]
     assert capsys.readouterr().out.splitlines()[0].split()[:5] == ["method", "1", "shots", "2", "shots"]
-    assert results["tc/shots=1"]["recipe"]["flip"] == (0 if dataset == "ssv2" else 0.5)
-    again = run(root, tmp_path / "run" / "tc" / "shots=2", "fewshot", dataset)  # a run of its own, by its folder
-    assert again == results["tc/shots=2"]
+    assert results["tc-shots=1"]["recipe"]["flip"] == (0 if dataset == "ssv2" else 0.5)
+    again = run(root, tmp_path / "run" / "tc-shots=2", "fewshot", dataset)  # a run of its own, by its folder
+    assert again == results["tc-shots=2"]
 
 
 def test_base_to_novel_is_the_mean_of_three_seeds(root, tmp_path, capsys):
@@ -99,7 +99,7 @@ def test_base_to_novel_is_the_mean_of_three_seeds(root, tmp_path, capsys):
     assert title.split()[:5] == ["method", "base", "novel", "harmonic", "mean"]
     assert f"{np.mean(base):.1f} +- {np.std(base):.1f}" in row and f"  {harmonic:.1f}  " in row
     frequent = {"YoYo", "TaiChi"}  # the owner's files hold more of them
-    assert set(read_checkpoint(tmp_path / "run" / "tc" / "shots=2" / "seed=1" / "best.pt")["classes"]) == frequent
+    assert set(read_checkpoint(tmp_path / "run" / "tc-shots=2-seed=1" / "best.pt")["classes"]) == frequent
 
 
 def test_supervised(root, tmp_path, capsys):

@@ -29,6 +29,7 @@ def home(tmp_path_factory):
     for archive, train_videos in ((archives.hmdb51, 16), (archives.ucf101, 16), (archives.k400, 2), (archives.k600, 1), (archives.ssv2, 2)):
         archive(home / "data" / archive.__name__, classes=2, train=train_videos, test=1)
     torch.save(tiny_clip(context=77).state_dict(), home / "clip.pt")
+    miniature(home / "data" / "shapes", None)
     videos = [path for path in data.videos_below(home / "data" / "ucf101")]
     for name in ("my_videos/walk", "my_videos/run", "folder"):
         (home / name).mkdir(parents=True)
@@ -49,11 +50,14 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(home):
-    """The checkpoints that the README's commands start from: a TC-CLIP and an ILA of Kinetics."""
+    """The checkpoints that the README starts from: a TC-CLIP and an ILA of Kinetics, and the first command's TC-CLIP."""
     for method, name in (("tc", "k400"), ("ila", "ila")):
         words = ["--protocol", "supervised", "--dataset", "k400", "--data", home / "data" / "k400", "--clip", home / "clip.pt",
                  "--method", method, "--out", home / "runs" / name, "--set", *TOY.split(), *OPTIONS[method].split()]
         assert train.main(train.parse_args(list(map(str, words)))) == 0
+    words = ["--protocol", "fewshot", "--method", "tc", "--data", home / "data" / "shapes", "--out",
+             home / "runs" / "shapes-fewshot" / "tc", "--set", "shots=1", *TOY.split(), *OPTIONS["tc"].split()]
+    assert train.main(train.parse_args(list(map(str, words)))) == 0
     return home / "runs"
 
 
@@ -92,6 +96,12 @@ def test_every_command_runs(home, runs, monkeypatch, capsys, command):
     assert evaluation.run_command(main, lambda: parse(words)) == 0, capsys.readouterr().err
 
 
+def test_the_python_in_it_runs(home, runs, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], {})
+    assert re.match(r"tensor\(\[0\.\d+, 0\.\d+\]", capsys.readouterr().out)
+
+
 def miniature(root, device):
     """A world of one clip per class in place of the whole one."""
     if not root.exists():
@@ -114,6 +124,6 @@ def test_what_the_readme_points_at_is_there():
     for name in set(re.findall(r"`--([\w-]+)", README)) - {"max_restarts", "shutdown-timeout", "local_addr"}:  # torchrun's
         assert f'"--{name}"' in (ROOT / "train.py").read_text() + (ROOT / "eval.py").read_text(), name
     knobs = {**train.knobs(train.Recipe)} | {name: 0 for _, config in evaluation.METHODS.values() for name in train.knobs(config)}
-    for name in re.findall(r"`(\w+)=[^`]*`", README):
+    for name in re.findall(r"`([a-z_]+)=[^`]*`", README):
         assert name in knobs, name
     assert av.__version__ >= "18.1"

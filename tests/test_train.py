@@ -215,7 +215,7 @@ def test_ones_own_folder_is_not_taken_for_the_miniature(tmp_path):
 def test_other_runs_are_not_touched(world, tmp_path):
     run(world, tmp_path / "a", "epochs=1")
     before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    with pytest.raises(ValueError, match="another run, with lr=0.001"):
+    with pytest.raises(ValueError, match="another run .lr is 0.001 there"):
         run(world, tmp_path / "a", "epochs=1", "lr=1e-4")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("mine")
@@ -281,3 +281,14 @@ def test_two_processes_of_one_epoch_and_batch_norm(world, tmp_path):
     assert json.loads((tmp_path / "two" / "results.json").read_text())["tests"]["base"]["videos"] == 40
     delta = read_checkpoint(tmp_path / "two" / "last.pt")["model"]["delta"]
     assert abs(float(delta) - 0.2) < 1e-6
+
+
+def test_a_run_says_what_it_begins_with():
+    videos = data.VideoList(tuple("abc"), ("1", "2", "3"), (0, 1, 2))
+    def first(dataset, protocol="fewshot"):
+        recipe = train.resolve_recipe(protocol, "tc", dataset, ["lr=0.25", "merge=kmeans"])
+        return " ".join(train.announce(recipe, Path("runs/a"), videos, {"test": videos}).split())
+    assert first("folder").startswith("runs/a: tc on folder, 3 training videos of 3 classes; tests: test of 3 ")
+    assert " lr=0.25 " in first("folder") and first("folder").endswith("merge=kmeans") and " batch=64 " in first("folder")
+    assert "hmdb51 has 51 classes: is this its folder" in first("hmdb51")
+    assert "is this its folder" not in first("folder") + first("hmdb51", "base2novel") + first("shapes")
