@@ -447,7 +447,7 @@ def read_checkpoint(path):
         return module_tensors(content) if isinstance(type(content), Foreign) else content
     except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, LookupError, TypeError, ValueError,
             AttributeError, StopIteration, OSError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0][:160] or type(error).__name__
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0]:.160}"
         raise ValueError(f"{path}: refused, as it is damaged, no checkpoint, or one that needs code to be run ({reason})"
                          ) from error
 

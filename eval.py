@@ -686,7 +686,10 @@ def run_command(main, parse):
     interrupted, 141 where nobody reads its output any more, as `| head` does."""
     try:
         try:
-            return main(parse())
+            status = main(parse())
+            if dist.is_initialized():  # else one that ends may tear down what the others still read from
+                dist.destroy_process_group()
+            return status
         finally:
             flush_output()
     except BrokenPipeError:

@@ -824,8 +824,6 @@ def main(args):
             print(line)
         if len(results) > 1:
             save_json(out / "results.json", {str(folder.relative_to(out)): result for folder, result in results.items()})
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return 0
 
 

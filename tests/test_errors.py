@@ -277,8 +277,10 @@ def test_more_processes_than_gpus(monkeypatch):
 
 def launch(script, *words, **kind):
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+    def heed():  # Ctrl-C, which a shell's background jobs ignore, and whatever they start
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([sys.executable, str(ROOT / f"{script}.py"), *map(str, words)], text=True, env=settings,
-                            stderr=subprocess.PIPE, start_new_session=True, **kind)
+                            stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed, **kind)
 
 
 @pytest.mark.parametrize("script", ["train", "eval"])
