@@ -68,6 +68,8 @@ class TCConfig:
                             ("merge", ("bipartite", "none", "random", "kmeans", "dpc-knn"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
+        if not 0 < self.seed_ratio <= 1:
+            raise ValueError(f"seed_ratio is {self.seed_ratio}; it must lie above 0 and be at most 1")
         for name in ("frames", "context_tokens", "merge_step", "text_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
