@@ -943,6 +943,8 @@ def check_task(parser, args):
     task = next((name for name in ("zeroshot", "video", "check", "benchmark") if getattr(args, name)), None)
     if not task:
         parser.error("give one of --zeroshot, --video, --check and --benchmark")
+    if task != "zeroshot" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error(f"--{task} is for one process: leave torchrun out")
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
         if value != parser.get_default(name) and task not in TASKS_OF.get(name, (task,)):

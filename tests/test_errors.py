@@ -236,6 +236,12 @@ def test_wrong_use_is_told_in_one_line(script, words, said, world, things, tmp_p
     assert snapshot(tmp_path, things, world) == before and not (things / "was run").exists()
 
 
+@pytest.mark.parametrize("task", ["--benchmark", "--check clips", "--video a.mp4 --classes a,b"])
+def test_what_is_for_one_process_says_so(task, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert f"{task.split()[0]} is for one process: leave torchrun out" in told("eval", task.split(), capsys)
+
+
 def test_a_released_checkpoint_with_another_clip(world, things, tmp_path, capsys):
     from test_tc import released_state
     state, _ = released_state(shared_weights(), "tiny", 1)

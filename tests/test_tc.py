@@ -290,7 +290,8 @@ def test_every_ablation_trains(settings):
 
 @pytest.mark.parametrize("settings, words", [
     (dict(reference="everything"), "context, class, neighbour, all, none"), (dict(merge="mean"), "dpc-knn"),
-    (dict(positions="time"), "joint"), (dict(seed_ratio=0.0), "seed_ratio"), (dict(reference_blocks=(0,)), "block 0"),
+    (dict(positions="time"), "joint"), (dict(seed_ratio=0.0), "seed_ratio"),
+    (dict(seed_ratio=float("nan")), "seed_ratio"), (dict(reference_blocks=(0,)), "block 0"),
     (dict(context_tokens=0), "context_tokens"), (dict(prompt_blocks=(0, 1)), "pair up")])
 def test_wrong_settings_say_what_is_right(settings, words):
     with pytest.raises(ValueError, match=words):
