@@ -196,8 +196,8 @@ def start_processes(kind=None):
                          "--nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():  # the long timeout lets one prepare what the others wait for
-        timeout = timedelta(hours=4)
+    if "RANK" in os.environ and not dist.is_initialized():
+        timeout = timedelta(hours=1)  # lets one prepare what the others wait for; until then who is cut off goes unnoticed
         store, rank, world = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group("nccl" if cuda else "gloo", store=fresh(store, rank, world), rank=rank,
                                 world_size=world, timeout=timeout)

@@ -26,6 +26,7 @@ import textwrap
 import threading
 import time
 import typing
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,10 @@ from tqdm import tqdm
 import data
 import eval as evaluation  # `eval` is a builtin
 from clip_vit import Block, load_clip, read_checkpoint
+
+
+# what DDP from torch 2.13 on calls forward_sync_buffers, an older one does not know
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------

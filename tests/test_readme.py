@@ -121,7 +121,7 @@ def test_what_the_readme_points_at_is_there():
     assert len(pictures) >= 4 and all((ROOT / picture).is_file() for picture in pictures)
     for name in re.findall(r"`([\w/]+\.py)`", README):
         assert (ROOT / name).is_file() or (ROOT / "tests" / name).is_file(), name
-    for name in set(re.findall(r"`--([\w-]+)", README)) - {"max_restarts", "shutdown-timeout", "local_addr"}:  # torchrun's
+    for name in set(re.findall(r"`--([\w-]+)", README)) - {"max_restarts", "shutdown-timeout", "local_addr", "nnodes"}:  # torchrun's
         assert f'"--{name}"' in (ROOT / "train.py").read_text() + (ROOT / "eval.py").read_text(), name
     knobs = {**train.knobs(train.Recipe)} | {name: 0 for _, config in evaluation.METHODS.values() for name in train.knobs(config)}
     for name in re.findall(r"`([a-z_]+)=[^`]*`", README):

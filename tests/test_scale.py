@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -139,14 +140,33 @@ def test_a_worker_killed_in_an_evaluation(world, undisturbed):
         assert f"{score['videos']} videos" in line and f"top-1 {100 * score['top1']:.2f}" in line
 
 
-def test_two_launchers_are_as_one(world, tmp_path, undisturbed):
-    """Two launchers with a worker each, as on two machines; one loses its worker, and both go on."""
-    out = tmp_path / "run"
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", "--rdzv_backend=c10d", "--rdzv_id=scale",
-                f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
+        return free.getsockname()[1]
+
+
+def listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def warned(pid):
+    """Whether SIGTERM waits for a stopped process."""
+    pending = re.search(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+    return int(pending, 16) >> signal.SIGTERM - 1 & 1
+
+
+def machine(nnodes, port):
+    """torchrun's flags on each of several machines that meet at the port, all of them this one."""
+    return [f"--nnodes={nnodes}", "--nproc_per_node=1", "--max_restarts=3", "--rdzv_backend=c10d", "--rdzv_id=scale",
+            f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1",
+            "--rdzv_conf=last_call_timeout=1,keep_alive_interval=1"]
+
+
+def test_two_launchers_are_as_one(world, tmp_path, undisturbed):
+    """Two launchers with a worker each, as on two machines; one loses its worker, and both go on."""
+    out, launcher = tmp_path / "run", machine("2", free_port())
     words = [ROOT / "train.py", *arguments(world, out)]
     with started(words, launcher) as one, started(words, launcher) as two:
         wait_for((out / "last.pt").exists, one)
@@ -155,6 +175,33 @@ def test_two_launchers_are_as_one(world, tmp_path, undisturbed):
         assert steps(out) % PER_EPOCH
         assert one.wait(timeout=120) == two.wait(timeout=120) == 0
     assert same(out, undisturbed)
+
+
+def test_a_lost_machine_may_come_back(world, tmp_path, monkeypatch):
+    """One of two launchers dies with its worker; the other goes on alone, and again with the one that takes its place."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    out, port, more = tmp_path / "run", free_port(), ["epochs=6", "eval_every=6", "save_every=2"]
+    words, launcher = [ROOT / "train.py", *arguments(world, out, *more, method="vifi")], machine("1:2", port)
+    with started(words, launcher) as one:
+        wait_for(lambda: listens(port), one)  # here the others come to: it must stay
+        with started(words, launcher) as two:
+            wait_for(lambda: workers(one) and workers(two) and (out / "last.pt").exists(), one)
+            before = workers(one)
+        alone = steps(out)
+        wait_for(lambda: steps(out) > alone and not before.keys() & workers(one).keys(), one)
+        ((pid, rank),) = workers(one).items()
+        os.kill(pid, signal.SIGSTOP)  # lest it be done before the other is back
+        together = steps(out)
+        with started(words, launcher) as three:
+            wait_for(lambda: warned(pid), one)  # its launcher wants to start anew, with the third
+            os.kill(pid, signal.SIGCONT)
+            wait_for(lambda: sorted([*workers(one).values(), *workers(three).values()]) == [0, 1], one)
+            assert one.wait(timeout=120) == three.wait(timeout=120) == 0
+    assert rank == 0 and alone < together < steps(out) == 6 * PER_EPOCH
+    run(world, tmp_path / "whole", *more, method="vifi")
+    logs = [[json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+            for folder in (out, tmp_path / "whole")]
+    np.testing.assert_allclose(*logs, rtol=1e-5)  # the number of processes changed twice, and with it the rounding
 
 
 def test_a_warned_launcher_saves_and_goes_on_later(world, tmp_path, undisturbed):
