@@ -218,7 +218,7 @@ def cosine_logits(video, text, logit_scale):
 
 def autocast_state():
     """Under which autocast things are computed now; what is kept from one must not be used under another."""
-    return torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")
+    return [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cuda", "cpu")]
 
 
 class TextCache(nn.Module):
@@ -275,7 +275,8 @@ class FramePool(nn.Module):
 
     def set_classes(self, names):
         """Class names as in the dataset's files; underscores stay [released]."""
-        self.tokens = self.clip.tokenize([f"{self.config.prompt} {split_capitals(name)}." for name in names])  # (C,L)
+        names = map(split_capitals, no_string(names))
+        self.tokens = self.clip.tokenize([f"{self.config.prompt} {name}." for name in names])  # (C,L)
         self.text_cache.drop()
 
     def encode_video(self, video):
@@ -338,15 +339,20 @@ def byte_pair_encode(word, ranks):
     return parts
 
 
+def no_string(texts):
+    """The texts themselves. Raises ValueError where one string stands in for a list of them."""
+    if isinstance(texts, str):
+        raise ValueError(f"texts must be a list of strings; got the string {texts!r}")
+    return texts
+
+
 def tokenize(texts, length=77, merges=None, vocabulary=49408):
     """C strings -> (C,length) int64: start token, byte-pair ids, end token, zeros.
 
     `merges` is the path of bpe_simple_vocab_16e6.txt.gz (default: the cache folder, downloaded once). Raises
     ValueError where a text needs more than `length` tokens.
     """
-    if isinstance(texts, str):
-        raise ValueError(f"texts must be a list of strings; got the string {texts!r}")
-    if not len(texts):
+    if not len(no_string(texts)):
         raise ValueError("there are no texts (class names) to tokenize")
     path = merges or (cached(MERGES_URL, MERGES_SHA256) if vocabulary > BYTES else None)
     ids, ranks = read_vocabulary(path, vocabulary)
@@ -358,8 +364,8 @@ def tokenize(texts, length=77, merges=None, vocabulary=49408):
                                                              else byte_pair_encode(word, ranks))]
         line = [ids[part] for part in ["<|startoftext|>", *parts, "<|endoftext|>"]]
         if len(line) > length:
-            raise ValueError(f"text of {len(line)} tokens does not fit in {length}: {text!r}; shorten it, or raise "
-                             "text_length")
+            raise ValueError(f"text of {len(line)} tokens does not fit in {length}: {text!r}; shorten it, or in "
+                             "TC-CLIP's training raise text_length")
         row[:len(line)] = torch.tensor(line)
     return tokens
 

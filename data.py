@@ -389,6 +389,7 @@ OWNERS = {"hmdb51": {split: (f"testTrainMulti_7030_splits/*_test_{split}.txt",) 
           "k400": KINETICS, "k600": KINETICS,
           "ssv2": {split: (f"something-something-v2-{name}.json", f"{name}.json")
                    for split, name in (("train", "train"), ("val", "validation"))}}
+TEST_FOLDERS = ("base", "novel", "test", "val")
 # The published lists (ViFi-CLIP, TC-CLIP): the labels file, and the list of each test set.
 PUBLISHED = {"hmdb51": ("hmdb_51_labels.csv", dict(zip(SPLITS, ("val1.txt", "val2.txt", "val3.txt")))),
              "ucf101": ("ucf_101_labels.csv", dict(zip(SPLITS, ("val1.txt", "val2.txt", "val3.txt")))),
@@ -532,9 +533,13 @@ def read_labels(path):
     """Class names of a labels file, CSV with the header `id,name` or JSON {"0": "name"}, in the order of their ids."""
     with expecting(path, "a labels file, CSV with the header id,name or JSON"):
         with open(path, newline="", encoding="utf-8-sig") as file:
-            if str(path).endswith(".json"):
-                return in_order({int(key): name for key, name in json.load(file).items()})
-            return in_order({int(row["id"]): row["name"] for row in csv.DictReader(file)})
+            rows = list(json.load(file).items()) if str(path).endswith(".json") else \
+                [(row["id"], row["name"]) for row in csv.DictReader(file)]
+        names = {int(key): name for key, name in rows}
+        for key, name in rows:
+            if not isinstance(name, str) or not name.strip() or names[int(key)] != name:
+                raise ValueError(f"id {key} has no name, or several: {name!r}")
+        return in_order(names)
 
 
 def put_right(dataset, names, upstream=False):
@@ -640,6 +645,9 @@ def base_and_novel(classes, files, owned, train):
     return ranked[len(ranked) // 2:], ranked[:len(ranked) // 2]
 
 
+FEW_SHOT = ("fewshot", "base2novel")  # the protocols that draw `shots` videos per class
+
+
 def check_root(dataset, root, upstream_labels):
     """The data folder's path. Raises ValueError where the dataset is unknown or nothing is there."""
     if dataset not in DATASETS:
@@ -671,7 +679,7 @@ def test_sets(files, owned, test_list, labels, training):
     lists = {} if files.dataset == "k600" and training else PUBLISHED[files.dataset][1]  # those are of other classes
     if lists and files.dataset == "k600" or any(map(files.text, lists.values())):
         return {name: read_list(files.need(file), files, owned, labels, name) for name, file in lists.items()}
-    folders = [name for name in ("base", "novel", "test", "val") if files.has_folders(name)]
+    folders = [name for name in TEST_FOLDERS if files.has_folders(name)]
     if folders:
         return {name: class_folders(os.path.join(files.root, name)) for name in folders}
     if files.has_folders("train"):
@@ -684,7 +692,7 @@ def test_sets(files, owned, test_list, labels, training):
 def training_set(protocol, files, owned, shots, train_list, labels):
     """A VideoList from a list of one's own, the published few-shot list, the owner's files, other lists or folders."""
     few = f"train1_few_shot_{shots}.txt"
-    lists = (few,) if files.dataset in ("hmdb51", "ucf101") else ("train.txt", few)
+    lists = (*("train.txt",) * (files.dataset not in ("hmdb51", "ucf101")), *(few,) * (protocol in FEW_SHOT))
     path = train_list or (files.text(few) if protocol == "fewshot" and files.dataset in PAGES else None)
     if not path and owned[0]:
         source = "its training split 1" if "train" in owned[1] else files.need(*OWNERS[files.dataset]["train"])
@@ -692,7 +700,23 @@ def training_set(protocol, files, owned, shots, train_list, labels):
     lists_first = files.dataset in PAGES and files.dataset != "k600"  # whose own train.txt is no such list
     if not path and files.has_folders("train") and not (lists_first and files.text(*lists)):
         return class_folders(os.path.join(files.root, "train"))
-    return read_list(path or files.need(*lists), files, owned, labels)
+    return read_list(path or files.need(*(lists or OWNERS[files.dataset].get("train", OWNERS[files.dataset]["split1"]))),
+                     files, owned, labels)
+
+
+def check_lists(protocol, files, train_list, test_list):
+    """Of one's own folder: whether what is trained on and what is tested on are told apart. ValueError where not."""
+    trains = train_list or files.has_folders("train")
+    tests = test_list or any(map(files.has_folders, TEST_FOLDERS))
+    if files.dataset != "folder" or trains and tests:
+        return
+    if train_list or test_list:
+        one, other, folder = ("train", "test", "test") if train_list else ("test", "train", "train")
+        raise ValueError(f"{one}_list={train_list or test_list} also needs {other}_list=FILE, or {files.root}/{folder}/"
+                         "<class>/<video>")
+    if not trains and not tests and protocol not in FEW_SHOT:
+        raise ValueError(f"{files.root}: {protocol} trains on all training videos: sort them into train/<class>/<video> "
+                         "and test/<class>/<video>, or take fewshot, which draws them")
 
 
 def named(sets, files, labels, upstream):
@@ -731,6 +755,7 @@ def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list
     tests on base and novel. Others: all training videos. Of test splits the first: the others hold training videos.
     """
     files = Files(dataset, check_root(dataset, root, upstream_labels))
+    check_lists(protocol, files, train_list, test_list)
     owned = read_owners(files)
     if dataset == "folder" and not train_list and not files.has_folders("train"):
         everything = class_folders(root)  # one's own class folders: what is not drawn for training is the test
@@ -743,9 +768,11 @@ def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list
     else:
         tests = test_sets(files, owned, test_list, labels, True)
         train = training_set(protocol, files, owned, shots, train_list, labels)
-    if "split2" in tests or protocol in ("fewshot", "base2novel") and dataset != "folder" and "base" not in tests:
+    if "split2" in tests or protocol in FEW_SHOT and dataset != "folder" and "base" not in tests:
         tests = dict([next(iter(tests.items()))])
     halves = []
+    if protocol == "base2novel" and len({"base", "novel"} & tests.keys()) == 1:
+        raise ValueError(f"{root}: of base/ and novel/ only one is there; give both, or neither")
     if protocol == "base2novel" and "novel" not in tests:
         halves = base_and_novel(put_right(dataset, train.classes, upstream_labels), files, owned[1], train)
     tests = named({"the training set": train} | tests, files, labels, upstream_labels)
@@ -755,7 +782,7 @@ def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list
         if whole.classes != train.classes:
             raise ValueError(f"{root}: base2novel needs the same classes in training and test videos")
         train, tests = train.only(halves[0]), dict(zip(("base", "novel"), (whole.only(half) for half in halves)))
-    if protocol in ("fewshot", "base2novel") and not train_list:
+    if protocol in FEW_SHOT and not train_list:
         train = draw_shots(train, shots, seed)
     return train, tests
 

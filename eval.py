@@ -9,6 +9,7 @@
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ import uuid
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,7 @@ class LinearProbe(nn.Module):
         self.model = model.requires_grad_(False)
         embed = model.clip.visual.proj.shape[1]
         self.head = nn.Sequential(nn.LayerNorm(embed, elementwise_affine=False), nn.Linear(embed, num_classes))
+        self.names = None
 
     @property
     def clip(self):
@@ -88,9 +90,10 @@ class LinearProbe(nn.Module):
         return self
 
     def set_classes(self, names):
-        if len(names) != self.head[1].out_features:
+        if len(names) != self.head[1].out_features or self.names not in (None, [*names]):
             raise ValueError(f"{len(names)} classes for a linear probe of {self.head[1].out_features}: it knows its "
                              "training classes alone")
+        self.names = [*names]
 
     def forward(self, video):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
@@ -125,6 +128,8 @@ def load_model(path, clip="ViT-B/16", merges=None):
             model = build_model(recipe, load_clip(original, merges or recipe["merges"]))
             model = LinearProbe(model, len(content["classes"])) if recipe["probe"] else model
             model.load_state_dict(weights)
+            if recipe["probe"] or recipe["model"].get("num_classes"):
+                model.set_classes(content["classes"])  # a linear head's, and no others from now on
             return model.eval(), recipe
         weights = {key.removeprefix("module."): value for key, value in clip_weights(content).items()}
         if any(key.startswith("image_encoder.") for key in weights):
@@ -187,13 +192,13 @@ def start_processes(kind=None):
 
     kind: "cuda" or "cpu"; None: a GPU where there is one. Raises ValueError where there are too few GPUs.
     """
-    cuda, local = torch.cuda.is_available() and kind != "cpu", int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available() and kind != "cpu"
+    local, here = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     if kind == "cuda" and not cuda:
         raise ValueError("--device cuda: PyTorch finds no GPU here")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda and local >= torch.cuda.device_count():
-        raise ValueError(f"process {local + 1} of this node has none of its {torch.cuda.device_count()} GPUs: lower "
-                         "--nproc_per_node")
+    if cuda and here > torch.cuda.device_count():
+        raise ValueError(f"{here} processes on a node with {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
@@ -219,6 +224,11 @@ def fresh(store, rank, world):
             return dist.PrefixStore(names, store)
         except dist.DistStoreError:  # a name was an earlier attempt's: read again
             continue
+
+
+def progress(*things, **settings):
+    """tqdm's bar, on the first process alone."""
+    return tqdm(*things, **settings, **({"disable": True} if rank_and_world()[0] else {}))  # else TQDM_DISABLE is heeded
 
 
 def gather(items):
@@ -278,7 +288,7 @@ def predict(model, videos, batch=8, workers=0, precision="fp32", title="evaluati
     device, found, bad = next(model.parameters()).device, [], []
     model.eval().set_classes(videos.videos.classes)
     loader = videos.loader(range(rank, len(videos), world), batch, workers)
-    for indices, clips, errors in tqdm(loader, desc=title, leave=False, disable=rank > 0):
+    for indices, clips, errors in progress(loader, desc=title, leave=False):
         bad += errors
         if indices:
             clips = data.normalise(clips.to(device, non_blocking=True), videos.views.pixels)  # (b,V,T,3,R,R)
@@ -301,10 +311,14 @@ def refuse_if_bad(errors, total):
 
 
 def top_k(probabilities, labels, k):
-    """Share of videos whose class is among the k most probable; an unreadable video counts as wrong."""
-    labels = np.asarray(labels)
-    own = probabilities[np.arange(len(labels)), labels][:, None]  # (n,1)
-    return float((((probabilities > own).sum(axis=1) < k) & ~np.isnan(own[:, 0])).mean())
+    """Share of videos whose class is among the k most probable; an unreadable video counts as wrong.
+
+    Of equal probabilities the one of the lower label counts as more, as in argmax.
+    """
+    labels = np.asarray(labels)[:, None]  # (n,1)
+    own = np.take_along_axis(probabilities, labels, axis=1)
+    above = (probabilities > own) | (probabilities == own) & (np.arange(probabilities.shape[1]) < labels)  # (n,C)
+    return float(((above.sum(axis=1) < k) & ~np.isnan(own[:, 0])).mean())
 
 
 def inside_pairs(probabilities, videos):
@@ -328,7 +342,8 @@ def subset_scores(probabilities, labels, subsets):
     top1 = {}
     for name, members in subsets.items():
         rows = np.isin(labels, members)
-        top1[name] = top_k(probabilities[rows], np.asarray(labels)[rows], 1)
+        if rows.any():
+            top1[name] = top_k(probabilities[rows], np.asarray(labels)[rows], 1)
     return top1 | ({"temporal score": top1["temporal"] - top1["static"]} if len(top1) == 2 else {})
 
 
@@ -345,9 +360,18 @@ def sheet(width, height, title):
     return picture, draw
 
 
+@lru_cache
+def letters(size, ascii):
+    """Pillow's own font, or for what it lacks, all but ASCII, one of the system's, if there is any."""
+    for name in () if ascii else ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
 def text(draw, xy, words, size=18, anchor="la", width=None):
     """Writes words, or as many of their letters as fit into `width` pixels."""
-    font, kept = ImageFont.load_default(size), words
+    font, kept = letters(size, words.isascii()), words
     while width and len(kept) > 3 and font.getlength(kept) > width:
         kept = kept[:-4] + "..."
     draw.text(xy, kept, fill=INK, font=font, anchor=anchor)
@@ -472,7 +496,7 @@ def draw_strip(path, title, windows, classes, frames):
     """What happens when: eight of `frames` [(seconds, (3,R,R) uint8)], in time order, and below them a band for each of
     the six classes that reach highest. windows: [(start, end, values (C,))]; a band is 1 high (one class: its highest).
     """
-    left, width, band, last = 330, 1190, 64, windows[-1][1]
+    left, width, band, last = 330, 1190, 64, max(windows[-1][1], 1e-3)  # a single picture takes no time
     values = np.stack([value for _, _, value in windows]).clip(0)  # (windows, C)
     chosen = sorted(np.argsort(-values.max(axis=0))[:6], key=lambda c: values[:, c].argmax())  # as they come
     high, count = 1 if len(classes) > 1 else values.max() + 1e-9, min(8, len(frames))
@@ -480,7 +504,8 @@ def draw_strip(path, title, windows, classes, frames):
     top = 110 + side
     picture, draw = sheet(1600, top + band * len(chosen) + 50, title)
     for share in (np.arange(count) + 0.5) / count:
-        seconds, frame = frames[int(share * len(frames))]
+        shown = frames[:int(share * len(frames)) + 1] if len(frames) == count else [f for f in frames if f[0] <= share * last]
+        seconds, frame = shown[-1] if shown else frames[0]
         picture.paste(thumbnail(frame, side), (int(left + width * share - side / 2), 70))
         text(draw, (left + width * share, 76 + side), clock(seconds), 18, "ma")
     for place, c in enumerate(chosen):
@@ -684,6 +709,9 @@ def flush_output():
 def run_command(main, parse):
     """Exit status of a script: 2 and one line for wrong use, missing input or too little memory, 130 where it was
     interrupted, 141 where nobody reads its output any more, as `| head` does."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names may hold what no encoding has
     try:
         try:
             status = main(parse())
@@ -700,8 +728,9 @@ def run_command(main, parse):
             if not re.search(r"allocate|DataLoader worker \(pid", words):  # PyTorch's and NumPy's words for no memory
                 raise
             words = f"memory is out: lower micro_batch or workers, or eval.py's --batch or --workers ({words:.160})"
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {words}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)  # where a node's first process fails alike, torchrun ends this one meanwhile: one line, not eight
+        print(f"error: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command starts again, a training run from its last checkpoint", file=sys.stderr)
@@ -715,6 +744,10 @@ def chosen_model(args, default_clip):
         model, recipe = load_model(args.checkpoint, clip, args.merges)
     else:
         model, recipe = FramePool(load_clip(clip, args.merges)).eval(), VANILLA
+    if args.ensemble is not None and recipe.get("probe"):
+        raise ValueError("--ensemble: of a linear probe CLIP was never tuned; leave it out")
+    if isinstance(model, TCCLIP):  # sentences are longer than the names that it was trained on
+        model.config = replace(model.config, text_length=len(model.clip.positional_embedding))
     if args.ensemble is not None:
         base = build_model(recipe, load_clip(args.clip or recipe["clip"], args.merges))
         model.load_state_dict(ensemble(base.state_dict(), model.state_dict(), args.ensemble))
@@ -744,13 +777,13 @@ def describe_scores(name, score):
 
 
 def class_list(path, classes):
-    """The labels of the classes that a file lists, one name per line."""
+    """The classes that a file lists, one name per line, all of them among `classes`."""
     with data.expecting(path, "text in UTF-8, one class per line"):
         names = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
     unknown = [name for name in names if name not in classes]
     if unknown or not names:
         raise ValueError(f"{path}: it must list classes of the data, one per line; not one: {', '.join(unknown[:3])}")
-    return [classes.index(name) for name in names]
+    return names
 
 
 def zeroshot(args):
@@ -759,14 +792,15 @@ def zeroshot(args):
     start_processes(args.device)
     tests = data.load_tests(args.zeroshot, root, labels=args.labels or "", upstream_labels=args.upstream_labels)
     subsets = {kind: path for kind, path in (("temporal", args.temporal), ("static", args.static)) if path}
-    subsets = {kind: class_list(path, next(iter(tests.values())).classes) for kind, path in subsets.items()}
+    known = {name for videos in tests.values() for name in videos.classes}
+    subsets = {kind: class_list(path, known) for kind, path in subsets.items()}
     model, recipe = first_alone(lambda: chosen_model(args, root / "clip.pt" if args.zeroshot == "shapes" else "ViT-B/16"))
-    if args.labels and isinstance(model, TCCLIP):  # described classes are longer than names
-        model.config = replace(model.config, text_length=len(model.clip.positional_embedding))
     results, first, out = {}, rank_and_world()[0] == 0, sys.stderr if args.json == "-" else sys.stdout
     for name, videos in tests.items():
         results[name] = test(model, data.TestVideos(videos, views(recipe, model)), args.batch or 8, args.workers,
-                             args.precision, name, None if results else args.picture, subsets)
+                             args.precision, name, None if results else args.picture,
+                             {kind: [i for i, own in enumerate(videos.classes) if own in names]
+                              for kind, names in subsets.items()})
         if first:
             print(describe_scores(f"{args.zeroshot} {name}", results[name]), file=out)
     if first and "split1" in results:
@@ -825,14 +859,14 @@ def windows_of(model, path, seen, args):
 
 def write_json(path, content):
     """Writes content as JSON to a file, or where path is - to standard output."""
-    words = json.dumps(content, indent=1, ensure_ascii=False)
-    print(words) if path == "-" else Path(path).write_text(words + "\n", "utf-8")
+    words = json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")  # odd file names
+    print(words.decode()) if path == "-" else Path(path).write_bytes(words + b"\n")
 
 
 def look_at(model, path, names, seen, args, out):
     """Says to the file `out` what a video shows, and draws it -> the windows of its JSON record. Raises VideoError."""
     titles = names if len(names) > 1 else [f"{names[0]} (cosine similarity)"]
-    record, strip, frames = [], [], []
+    record, strip, frames, stride = [], [], [], 1
     for start, end, values, clip in windows_of(model, path, seen, args):
         order = np.argsort(-values, kind="stable")
         lines = [] if record else [path]
@@ -841,8 +875,11 @@ def look_at(model, path, names, seen, args, out):
         if args.every:
             top = "  ".join(f"{values[i]:.2f} {titles[i]}" for i in order[:3])
             lines.append(f"  {clock(start)}-{clock(end)}  {top}")
+            if len(strip) % stride == 0:  # eight will be drawn, and how many there will be nobody knows
+                frames.append((start, clip[len(clip) // 2]))
+            if len(frames) == 64:
+                frames, stride = frames[::2], 2 * stride
             strip.append((start, end, values))
-            frames = [*frames[::1 + (len(frames) == 64)], (start, clip[len(clip) // 2])]  # eight will be drawn
         else:
             lines += [f"  {values[i]:.3f}  {titles[i]}" for i in order[:5]]
             if isinstance(model, ILA):
@@ -853,7 +890,9 @@ def look_at(model, path, names, seen, args, out):
             draw_seen(model, clip, args.picture, [titles[i] for i in order[:5]], values[order[:5]].tolist(), seen.pixels)
     if args.picture and args.every:
         measure = "probability" if len(names) > 1 else "cosine similarity"
-        draw_strip(args.picture, f"{Path(path).name}: {measure} over time", strip, names, frames)
+        name = Path(path).name
+        name = name if len(name) <= 70 else f"{name[:40]}...{name[-27:]}"
+        draw_strip(args.picture, f"{name}: {measure} over time", strip, names, frames)
     return record
 
 

@@ -363,7 +363,7 @@ class ILA(nn.Module):
         self.video_prompt = VideoPrompt(width, embed) if config.video_prompt and self.head is None else None
         self.register_buffer("delta", torch.tensor(DISTURBANCE, dtype=clip.visual.proj.dtype))
         self.register_buffer("tokens", None, persistent=False)  # (C,L)
-        self.text_cache = TextCache(clip)
+        self.text_cache, self.names = TextCache(clip), None
         self.to(clip.visual.proj)  # its device and dtype
         for name, parameter in clip.named_parameters():
             parameter.requires_grad_(self.head is None and (name.startswith("visual.") or name == "logit_scale"))
@@ -373,12 +373,15 @@ class ILA(nn.Module):
         self.delta.fill_(DISTURBANCE * 0.5 ** max(0, epoch - DECAY_EPOCH))
 
     def set_classes(self, names):
-        """Class names as in the dataset's files; the text is the bare name. A linear head only checks their number."""
+        """Class names as in the dataset's files; the text is the bare name. A linear head only checks that they are the
+        first ones, and as many as it has outputs."""
         if self.head is None:
             self.tokens = self.clip.tokenize(names)
             self.text_cache.drop()
-        elif len(names) != self.config.num_classes:
-            raise ValueError(f"{len(names)} class names for a linear head of {self.config.num_classes} classes")
+        elif len(names) != self.config.num_classes or self.names not in (None, [*names]):
+            raise ValueError(f"{len(names)} class names for a linear head of {self.config.num_classes} classes: it knows "
+                             "those that it was trained on alone")
+        self.names = [*names]
 
     def class_text(self):
         """Class embeddings (C,E), not normalised; kept in training too, unless the text tower is made to train."""

@@ -14,12 +14,14 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -123,6 +125,9 @@ class Recipe:
             raise ValueError(f"scales={self.scales} must be parts of the short side, above 0 and at most 1")
         if len(self.strengths) != 4 or not all(0 <= part <= 1 for part in self.strengths):
             raise ValueError(f"strengths={self.strengths} must be four numbers between 0 and 1")
+        if self.protocol == "zeroshot" and (self.probe or self.model.get("num_classes")):
+            raise ValueError("zeroshot tests on other classes than it trains on, which a linear head (probe, num_classes) "
+                             "does not know: take --protocol supervised")
         if self.probe and not self.checkpoint:
             raise ValueError("probe=true needs the model to be probed: --checkpoint FILE")
         if self.batch % 2 or self.micro_batch % 2:
@@ -327,15 +332,23 @@ def read_json(path):
         raise ValueError(f"{path} is damaged ({error}): delete its folder, or choose another --out") from error
 
 
+def describe_data(train_videos, tests):
+    """A line that differs where a run's classes or videos do, wherever these lie."""
+    sets = [[list(videos.classes), [*map(os.path.basename, videos.paths)], list(map(int, videos.labels))]
+            for videos in (train_videos, *tests.values())]
+    return f"{len(train_videos.paths)} videos of {len(train_videos.classes)} classes, " \
+           f"{hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:8]}"
+
+
 def open_folder(folder, recipe):
-    """Makes the run folder, or checks that it holds a run of this very recipe. Raises ValueError where it does not."""
+    """Makes the run folder, or checks that it holds a run of this very recipe, a dict. Raises ValueError if it does not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{folder} cannot be made a folder ({error.strerror}): choose another --out") from error
     for left in (*folder.glob(".*.pt.[0-9]*"), *folder.glob(".*.json*.[0-9]*")):  # by a write that was killed
         left.unlink()
-    new, path = json.loads(json.dumps(vars(recipe))), folder / "recipe.json"
+    new, path = json.loads(json.dumps(recipe)), folder / "recipe.json"
     if path.exists():
         old = read_json(path)
         differ = [f"{key} is {old.get(key)!r} there, {new[key]!r} now" for key in new if old.get(key) != new[key]
@@ -382,6 +395,9 @@ def start(recipe, folder, train_videos, validation_videos, device):
     model = evaluation.first_alone(build)
     if recipe.sync_bn and device.type == "cpu":
         raise ValueError("sync_bn=true needs GPUs")
+    variable, *compilers = ("CC", "gcc", "clang") if device.type == "cuda" else ("CXX", "g++", "clang++")
+    if recipe.compile and not any(map(shutil.which, [os.environ.get(variable, ""), *compilers])):
+        raise ValueError(f"--compile needs a compiler: install {compilers[0]}, or leave the flag out")
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=(0.9, 0.98), eps=1e-8)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     progress = {"step": 0, "sums": [0.0] * 3, "bad": [], "seconds": 0.0, "history": []}
@@ -540,8 +556,8 @@ def finish_epoch(run):
 def train_epochs(run):
     """Trains from where the run is to its last epoch; at SIGTERM saves, says so and ends the process."""
     rank, stopped = evaluation.rank_and_world()[0], False
-    with tqdm(total=run.recipe.epochs * run.per_epoch, initial=run.progress["step"], desc=run.recipe.method, unit="step",
-              disable=rank > 0) as bar:
+    with evaluation.progress(total=run.recipe.epochs * run.per_epoch, initial=run.progress["step"], desc=run.recipe.method,
+                             unit="step") as bar:
         while len(run.progress["history"]) < run.recipe.epochs and not stopped:
             stopped = train_epoch(run, bar)
             if not stopped:
@@ -603,14 +619,15 @@ def run_recipe(recipe, root, folder, device):
     rank, _ = evaluation.rank_and_world()
     train_videos, tests = data.load_protocol(recipe.protocol, recipe.dataset, root, recipe.shots, recipe.seed, recipe.train_list,
                                              recipe.test_list, recipe.labels, recipe.upstream_labels)
-    evaluation.on_first(lambda: open_folder(folder, recipe))
+    described = vars(recipe) | {"data": describe_data(train_videos, tests)}
+    evaluation.on_first(lambda: open_folder(folder, described))
     if (folder / "results.json").exists():
         return read_json(folder / "results.json")
     run = start(recipe, folder, train_videos, next(iter(tests.values())), device)
     for videos in (*tests.values(), train_videos):  # names that the model cannot take are told now, not after training
         run.model.set_classes(videos.classes)
     if rank == 0:  # only now: what could not even start leaves no trace
-        save_json(folder / "recipe.json", vars(recipe))
+        save_json(folder / "recipe.json", described)
         print(announce(recipe, folder, train_videos, tests), file=sys.stderr)
     train_epochs(run)
     run.model.load_state_dict(read_state(folder / "best.pt")["model"])

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from clip_vit import Attention, TextCache, cosine_logits, split_capitals
+from clip_vit import Attention, TextCache, cosine_logits, no_string, split_capitals
 from temporal_context import ContextTower
 
 
@@ -110,7 +110,7 @@ class TCCLIP(nn.Module):
 
     def set_classes(self, names):
         """Class names as in the dataset's files; capitals are split and underscores become spaces [released]."""
-        names = [split_capitals(name).replace("_", " ") for name in names]
+        names = [split_capitals(name).replace("_", " ") for name in no_string(names)]
         length = min(self.config.text_length, len(self.clip.positional_embedding))
         tokens = self.clip.tokenize([f"{self.config.prompt} {name}." for name in names], length)
         self.end = tokens.argmax(dim=-1)  # (C,)

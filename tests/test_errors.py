@@ -77,10 +77,14 @@ def things(world, tmp_path_factory):
         for name in names:
             (folder / root / name).mkdir(parents=True)
             shutil.copy(video, folder / root / name / "v.mp4")
+    (folder / "unnamed.csv").write_text("id,name\n0,a\n1\n")
+    (folder / "twice.csv").write_text("id,name\n0,a\n0,b\n")
+    (folder / "number.json").write_text('{"0": "a", "1": 5}')
+    described = train.describe_data(*data.load_protocol("fewshot", "shapes", world, 2, train.Recipe.seed))
     for name, file, words in (("torn", "last.pt", b"half"), ("untied", "recipe.json", b"["), ("told", "results.json", b"{")):
         shutil.copytree(folder / "folder", folder / name)
         recipe = train.resolve_recipe("fewshot", "tc", "shapes", ["shots=2"], clip=str(world / "clip.pt"))
-        train.save_json(folder / name / "recipe.json", dataclasses.asdict(recipe))
+        train.save_json(folder / name / "recipe.json", dataclasses.asdict(recipe) | {"data": described})
         (folder / name / file).write_bytes(words)
     (folder / "sweep" / "tc-shots=2").mkdir(parents=True)
     (folder / "sweep" / "tc-shots=2" / "recipe.json").write_text("{}")
@@ -135,7 +139,12 @@ TRAIN = [  # arguments; {t}: the folder of things, {w}: the miniature world. Wha
     ("--checkpoint {t}/folder", "/folder: no such file"),
     ("--method tc --checkpoint {t}/ila.pt --set shots=2", "ila.pt: not weights for this run, but of ila"),
     ("--method tc --checkpoint {t}/tc.pt --set shots=2 frames=4", "of tc with 8 frames"),
-    ("--method tc --protocol zeroshot --checkpoint {t}/tc.pt --set probe=true", "10 classes for a linear probe of 20"),
+    ("--dataset folder --data {t}/one_each --protocol supervised", "supervised trains on all training videos"),
+    ("--dataset folder --data {t}/one_each --set shots=1 test_list={t}/text", "also needs train_list=FILE"),
+    ("--dataset folder --data {t}/one_each --set shots=1 train_list={t}/text", "also needs test_list=FILE"),
+    ("--method ila --protocol zeroshot --set num_classes=20", "a linear head (probe, num_classes) does not know"),
+    ("--method ila --protocol base2novel --set num_classes=10 shots=1 seed=1", "it knows those that it was trained on"),
+    ("--method tc --protocol supervised --checkpoint {t}/tc.pt --set probe=true", "10 classes for a linear probe of 20"),
     ("--clip ViT-B/17 --set shots=2", "ViT-L/14@336px"), ("--clip {t}/text --set shots=2", "/text: refused"),
     ("--clip {t}/empty --set shots=2", "/empty: refused"), ("--clip {t}/half.pt --set shots=2", "half.pt: refused"),
     ("--clip {t}/code.pt --set shots=2", "code.pt: refused"),
@@ -147,7 +156,7 @@ TRAIN = [  # arguments; {t}: the folder of things, {w}: the miniature world. Wha
     ("--out {t}/hmdb --method tc --set shots=2", "other files and no recipe.json"),
     ("--out {t}/sweep --method tc --set shots=2", "other files and no recipe.json"),
     ("--out {t}/torn --set shots=2", "torn is the folder of a single run"),
-    ("--out {t}/torn --method tc --set shots=3", "another run (shots is 2 there, 3 now)"),
+    ("--out {t}/torn --method tc --set shots=3", "another run (shots is 2 there, 3 now; data is"),
     ("--out {t}/torn --method tc --set shots=2", "last.pt: refused"),
     ("--out {t}/untied --method tc --set shots=2", "is damaged"),
     ("--out {t}/told --method tc --set shots=2", "results.json is damaged"),
@@ -205,6 +214,8 @@ EVAL = [
     ("--video {v} --classes {t}/folder", "/folder: expected"),
     ("--video {v} --classes {t}/binary", "/binary: expected"), ("--video {v} --classes {t}/empty", "one per line"),
     ("--video {v} --classes {t}/broken.json", "broken.json: expected"),
+    ("--video {v} --classes {t}/unnamed.csv", "id 1 has no name"), ("--video {v} --classes {t}/twice.csv", "or several: 'a'"),
+    ("--video {v} --classes {t}/number.json", "number.json: expected"),
     ("--video {v} --classes a --data d", "--data means"),
     ("--video {v} --classes a --temporal {t}/text", "--temporal means"),
     ("--video {v} --classes a --num-classes 3", "--num-classes"),
@@ -276,8 +287,8 @@ def test_a_bug_keeps_its_traceback():
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(ValueError, match="none of its 4 GPUs: lower --nproc_per_node"):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    with pytest.raises(ValueError, match="5 processes on a node with 4 GPUs: lower --nproc_per_node"):
         evaluation.start_processes()
 
 
