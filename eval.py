@@ -957,13 +957,13 @@ TASKS_OF = {name: tasks for names, tasks in (  # the tasks that heed a flag; wha
 
 
 class Parser(argparse.ArgumentParser):
-    """For both scripts: an error is one line; help is as wide on every terminal."""
+    """For both scripts: an error is a ValueError, for run_command's one line; help is as wide on every terminal."""
 
     def __init__(self, **settings):
         super().__init__(formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=100), **settings)
 
     def error(self, message):
-        self.exit(2, f"error: {message} ({self.prog} --help tells all flags)\n")
+        raise ValueError(f"{message} ({self.prog} --help tells all flags)")
 
 
 def check_flags(parser, args):

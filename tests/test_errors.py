@@ -99,10 +99,7 @@ def snapshot(*folders):
 def told(script, words, capsys):
     """The one line that a script ends with after its exit status 2; before it there may be a run's first lines and progress bars."""
     module = SCRIPTS[script]
-    try:
-        status = evaluation.run_command(module.main, lambda: module.parse_args(words))
-    except SystemExit as stop:  # argparse's way
-        status = stop.code
+    status = evaluation.run_command(module.main, lambda: module.parse_args(words))
     lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.strip()]
     assert status == 2, (status, lines)
     assert [i for i, line in enumerate(lines) if "error: " in line] == [len(lines) - 1], lines
@@ -275,6 +272,33 @@ def test_too_little_memory_is_told_in_one_line(error, capsys):
         raise error
     assert evaluation.run_command(main, lambda: None) == 2
     assert re.fullmatch(r"error: memory is out: lower micro_batch .*--batch.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("local, waits", [("0", []), ("3", [5])])
+def test_every_process_tells_its_error_where_the_first_does_not(local, waits, monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(evaluation.time, "sleep", slept.append)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setenv("RANK", "9")
+    def main(_):
+        raise ValueError("no data here")
+    assert evaluation.run_command(main, lambda: None) == 2
+    assert capsys.readouterr().err == "error: no data here\n" and slept == waits
+
+
+def test_compiling_needs_a_compiler(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    words = ["--protocol", "fewshot", "--method", "vifi", "--data", str(world), "--out", str(tmp_path / "run"), "--compile",
+             "--set", "shots=1"]
+    assert "--compile needs a compiler: install g++" in told("train", words, capsys)
+
+
+def test_progress_bars_can_be_left_out():
+    words = "import eval; print(len(list(eval.progress(range(3)))))"
+    for switch, bars in (({"TQDM_DISABLE": "1"}, False), ({}, True)):
+        done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, env=os.environ | switch, text=True, capture_output=True)
+        assert done.stdout == "3\n" and ("3/3" in done.stderr) == bars, done.stderr
 
 
 def test_a_bug_keeps_its_traceback():

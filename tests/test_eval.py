@@ -14,7 +14,8 @@ from test_train import command, run
 
 import data
 import eval as evaluation
-from clip_vit import load_clip
+from clip_vit import FramePool, load_clip
+from ila import ILA
 from video_prompt import TCCLIP, TCConfig
 
 NAMES = "red to blue, blue to red"
@@ -31,18 +32,44 @@ def evaluate(*words):
     return evaluation.run_command(evaluation.main, lambda: evaluation.parse_args([*map(str, words), "--workers", "0"]))
 
 
+@pytest.mark.parametrize("make", [FramePool, lambda clip: TCCLIP(clip, TCConfig(frames=2, context_tokens=8)), ILA])
+def test_a_string_is_no_list_of_classes_and_text_is_kept_per_precision(make):
+    model, video = make(tiny_clip(context=77)).eval(), torch.randn(1, 8, 3, 32, 32)
+    with pytest.raises(ValueError, match="got the string 'red to blue'"):
+        model.set_classes("red to blue")
+    model.set_classes(["red", "blue"])
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(video)
+        with torch.autocast("cpu", torch.float16):
+            one, _ = model(video)
+            model.text_cache.drop()
+            assert torch.equal(one, model(video)[0])
+
+
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 @given(st.integers(1, 30), st.integers(2, 8), st.integers(0, 10**6))
 @settings(max_examples=50)
 def test_top_k_equals_sorting(n, C, seed):
     rng = np.random.default_rng(seed)
-    probabilities, labels = rng.random((n, C)).astype(np.float32), rng.integers(C, size=n)
+    probabilities, labels = rng.integers(5, size=(n, C)).astype(np.float32), rng.integers(C, size=n)  # many are equal
     for k in (1, 2, C):
-        expected = np.mean([label in np.argsort(-row)[:k] for row, label in zip(probabilities, labels)])
+        expected = np.mean([label in np.argsort(-row, kind="stable")[:k] for row, label in zip(probabilities, labels)])
         assert abs(evaluation.top_k(probabilities, labels, k) - expected) < 1e-12
     probabilities[0] = np.nan  # an unreadable video is wrong, never right
     assert evaluation.top_k(probabilities, labels, C) == (n - 1) / n
+
+
+def test_subsets_are_looked_up_in_every_test_set(world, checkpoint, tmp_path, capsys):
+    base, novel = (data.load_tests("shapes", world)[name].classes for name in ("base", "novel"))
+    for name, classes in (("temporal", base[:2]), ("static", [base[5], novel[3]])):
+        (tmp_path / name).write_text("\n".join(classes))
+    assert evaluate("--zeroshot", "shapes", "--data", world, "--checkpoint", checkpoint, "--temporal", tmp_path / "temporal",
+                    "--static", tmp_path / "static", "--json", tmp_path / "out.json") == 0
+    scores = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    assert {"temporal", "static", "temporal score"} <= scores["base"].keys()
+    assert "static" in scores["novel"] and not {"temporal", "temporal score"} & scores["novel"].keys()
 
 
 def test_inside_pairs():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import MERGES, SHARED, shared_weights
+from PIL import Image
 from test_eval import evaluate
 from test_video import VIDEOS, write_video
 
@@ -181,6 +183,31 @@ def test_a_folder_with_a_broken_video_among_good_ones(world, tmp_path, capsys):
         assert a["windows"][-1]["end"] == (1 if every else None)
     assert evaluate("--video", below / "b.mp4", *words) == 2  # alone, it is the whole task
     assert "b.mp4" in capsys.readouterr().err
+
+
+def test_a_name_that_no_encoding_has_and_a_video_of_one_picture(world, tmp_path, capsys):
+    path = tmp_path / os.fsdecode(b"caf\xe9.mp4")
+    path.write_bytes(Path(data.videos_below(world / "base")[0]).read_bytes())
+    words = "--classes", NAMES, "--clip", world / "clip.pt", "--json", tmp_path / "out.json"
+    assert evaluate("--video", path, *words) == 0
+    assert r"caf\udce9.mp4" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())[0]["video"].endswith("caf\udce9.mp4")
+    Image.new("RGB", (64, 64), (200, 30, 10)).save(tmp_path / "one.gif")
+    assert evaluate("--video", tmp_path / "one.gif", *words, "--every", "1s", "--picture", tmp_path / "p.png") == 0
+    assert (tmp_path / "p.png").is_file()
+
+
+def test_a_strip_of_many_windows_shows_all_of_the_time(world, tmp_path, monkeypatch):
+    pictures = [np.full((32, 32, 3), i % 256, np.uint8) for i in range(700)]
+    data.write_clip(tmp_path / "long.mp4", np.stack(pictures))
+    shown = []
+    monkeypatch.setattr(evaluation, "text", lambda draw, xy, words, *rest, **more: shown.append((xy[1], words)))
+    assert evaluate("--video", tmp_path / "long.mp4", "--classes", NAMES, "--clip", world / "clip.pt", "--every", "0.5",
+                    "--picture", tmp_path / "p.png") == 0
+    duration = 700 / 8
+    minutes = [words.split(":") for _, words in shown[1:9]]
+    times = [60 * int(minute) + float(second) for minute, second in minutes]
+    np.testing.assert_allclose(times, (np.arange(8) + 0.5) / 8 * duration, atol=duration / 32)
 
 
 def test_one_class_alone_has_a_similarity(world, capsys):

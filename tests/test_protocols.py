@@ -110,6 +110,20 @@ def test_supervised(root, tmp_path, capsys):
     assert result["tests"]["val"]["classes"] == 4 and result["recipe"]["model"] == {"num_classes": 4}
 
 
+def test_a_run_of_other_videos_is_another_run(root, tmp_path, capsys):
+    for name in ("one", "two"):
+        for part in ("train", "test"):
+            for label in "ab":
+                (tmp_path / name / part / (label + name)).mkdir(parents=True)
+                for i, path in enumerate(data.videos_below(root / "ucf101")[:2]):
+                    (tmp_path / name / part / (label + name) / f"{i}.avi").symlink_to(path)
+    words = ["--protocol", "supervised", "--dataset", "folder", "--clip", root / "clip.pt", "--method", "vifi", "--out",
+             tmp_path / "run", "--set", *TOY, "--data"]
+    status = [evaluation.run_command(train.main, lambda: train.parse_args([*map(str, words), str(tmp_path / name)]))
+              for name in ("one", "two")]
+    assert status == [0, 2] and "holds another run (data is '4 videos of 2 classes" in capsys.readouterr().err
+
+
 def test_from_a_kinetics_checkpoint(root, kinetics, tmp_path, capsys):
     result = run(root, tmp_path / "p", "fewshot", "hmdb51", "lr=0", "lr_min=0", flags=["--checkpoint", kinetics / "best.pt"])
     old, new = (read_checkpoint(folder / "best.pt")["model"] for folder in (kinetics, tmp_path / "p"))
