@@ -12,8 +12,10 @@ import shutil
 import signal
 import sys
 import threading
+import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from itertools import chain, permutations
 from pathlib import Path
@@ -21,8 +23,10 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -787,6 +791,97 @@ def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list
     return train, tests
 
 
+# ---- processes -----------------------------------------------------------------------------------
+
+def rank_and_world():
+    """(number of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def start_processes(kind=None):
+    """Joins the other processes of a torchrun, if there are any; the device of this one.
+
+    kind: "cuda" or "cpu"; None: a GPU where there is one. Raises ValueError where there are too few GPUs.
+    """
+    cuda = torch.cuda.is_available() and kind != "cpu"
+    local, here = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if kind == "cuda" and not cuda:
+        raise ValueError("--device cuda: PyTorch finds no GPU here")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda and here > torch.cuda.device_count():
+        raise ValueError(f"{here} processes on a node with {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        timeout = timedelta(hours=1)  # lets one prepare what the others wait for; until then who is cut off goes unnoticed
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(store, rank, world), rank=rank,
+                                world_size=world, timeout=timeout)
+    return device
+
+
+def fresh_store(store, rank, world):
+    """A part of torchrun's store that no process of an earlier attempt has written to.
+
+    torchrun keeps one store over all restarts: who finds a killed process's address there waits for it in vain. So all
+    post a new name each; those that read the same names, their own among them, are of the same attempt.
+    """
+    store.set(f"name {rank}", uuid.uuid4().hex)
+    while True:
+        names = uuid.uuid5(uuid.NAMESPACE_OID, str([store.get(f"name {i}") for i in range(world)])).hex
+        store.set(f"{names} {rank}", "")
+        try:
+            store.wait([f"{names} {i}" for i in range(world)], timedelta(seconds=1))
+            return dist.PrefixStore(names, store)
+        except dist.DistStoreError:  # a name was an earlier attempt's: read again
+            continue
+
+
+def progress_bar(*things, **settings):
+    """tqdm's bar, on the first process alone."""
+    return tqdm(*things, **settings, **({"disable": True} if rank_and_world()[0] else {}))  # else TQDM_DISABLE is heeded
+
+
+def gather(items):
+    """Every process's list, joined, on every process."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return items
+    lists = [None] * world
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def any_process(flag, device):
+    """Whether the flag is set on any process: one number through the network, nothing beside an optimiser step."""
+    if rank_and_world()[1] == 1:
+        return flag
+    count = torch.tensor(float(flag), device=device)
+    dist.all_reduce(count)
+    return bool(count)
+
+
+def node_leader_first(call):
+    """call() on every process, but on each node's first one before the others: it downloads for all."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    result = call() if first else None
+    gather([])  # the others wait here
+    return result if first else call()
+
+
+def on_rank_zero(call):
+    """call() on the first process alone, while the others wait; where it fails, all fail with its words."""
+    error = None
+    if rank_and_world()[0] == 0:
+        try:
+            call()
+        except (ValueError, OSError) as caught:
+            error = caught
+    for caught in gather([error]):
+        if caught is not None:
+            raise caught
+
+
 # ---- loaders ---------------------------------------------------------------------------------------------------------
 
 MEANS = {"imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),  # [released] TC-CLIP, ILA and ViFi-CLIP
@@ -824,17 +919,17 @@ def load_batches(videos, workers, collate, **batches):
 class TestVideos(Dataset):
     """Item i: its views, uint8 (V,T,3,R,R) or None, and what is wrong with the video, or None."""
 
-    def __init__(self, videos, views, keep=False):
-        self.videos, self.views, self.kept = videos, views, {} if keep else None
+    def __init__(self, video_list, views, keep=False):
+        self.video_list, self.views, self.kept = video_list, views, {} if keep else None
 
     def __len__(self):
-        return len(self.videos.paths)
+        return len(self.video_list.paths)
 
     def __getitem__(self, i):
         if self.kept and i in self.kept:
             return self.kept[i]
         try:
-            item = i, read_test(self.videos.paths[i], self.views), None
+            item = i, read_test(self.video_list.paths[i], self.views), None
         except VideoError as error:
             item = i, None, str(error)
         if self.kept is not None:
@@ -859,12 +954,12 @@ class TrainVideos(Dataset):
     `augmentation` are the arguments of `augment`.
     """
 
-    def __init__(self, videos, views, seed, augmentation, keep=False):
-        self.videos, self.views, self.seed, self.augmentation = videos, views, seed, augmentation
+    def __init__(self, video_list, views, seed, augmentation, keep=False):
+        self.video_list, self.views, self.seed, self.augmentation = video_list, views, seed, augmentation
         self.kept = {} if keep else None  # decoded clips, for worlds whose every clip is read whole
 
     def __len__(self):
-        return len(self.videos.paths)
+        return len(self.video_list.paths)
 
     def __getitem__(self, key):
         epoch, i, weight = key
@@ -872,7 +967,7 @@ class TrainVideos(Dataset):
         while True:
             try:
                 clip = augment(self.read(i, rng), self.views.size, rng, **self.augmentation)
-                return clip, self.videos.labels[i], weight, bad
+                return clip, self.video_list.labels[i], weight, bad
             except VideoError as error:
                 bad.append(str(error))
                 if len(bad) == 10:  # there may be no other: whoever asked decides
@@ -883,9 +978,9 @@ class TrainVideos(Dataset):
         """A random draw of the video's frames (T,3,h,w); where clips are kept, they are kept whole."""
         sample = partial(SAMPLERS[self.views.sampling], frames=self.views.frames, train=True, rng=rng)
         if self.kept is None:
-            return read_frames(self.videos.paths[i], sample, self.views.short_side)
+            return read_frames(self.video_list.paths[i], sample, self.views.short_side)
         if i not in self.kept:
-            self.kept[i] = read_frames(self.videos.paths[i], np.arange, self.views.short_side)
+            self.kept[i] = read_frames(self.video_list.paths[i], np.arange, self.views.short_side)
         return self.kept[i][torch.from_numpy(sample(len(self.kept[i])))]
 
     def loader(self, batches, workers):

@@ -1,11 +1,10 @@
-"""Evaluates models, looks at single videos, checks folders, measures speed.
+"""Evaluates models, looks at single videos and checks folders.
 
     python eval.py --zeroshot hmdb51 --data /videos/hmdb51      # vanilla CLIP, or --checkpoint FILE
     python eval.py --zeroshot ucf101 --checkpoint runs/k400/best.pt --ensemble 0.7
     python eval.py --video clip.mp4 --classes "juggling, running" --checkpoint FILE --picture a.png
     python eval.py --video long.mp4 more/ --classes names.txt --every 2s --json a.json   # what when
     python eval.py --check /videos/hmdb51
-    python eval.py --benchmark --clip ViT-B/16
 """
 
 import argparse
@@ -13,17 +12,14 @@ import contextlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import sys
 import time
-import uuid
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,19 +27,27 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from clip_vit import CLIP, FramePool, PoolConfig, clip_weights, load_clip, read_checkpoint
+from clip_vit import FramePool, PoolConfig, clip_weights, load_clip, read_checkpoint
 from ila import FLAT, SLOPE, ILA, ILAConfig, earth_movers_distance, interactive_mask
 from ila import load_released as load_released_ila
 from video_prompt import TCCLIP, TCConfig
 from video_prompt import load_released as load_released_tc
 
-METHODS = {"tc": (TCCLIP, TCConfig), "ila": (ILA, ILAConfig), "vifi": (FramePool, PoolConfig)}
+
+
+class Method(NamedTuple):
+    """A method that the scripts offer."""
+
+    title: str
+    model: type  # built from a CLIP and a config, see FramePool for all that it must offer
+    config: type  # its settings, a frozen dataclass
+
+
+METHODS = {"tc": Method("TC-CLIP", TCCLIP, TCConfig), "ila": Method("ILA", ILA, ILAConfig),
+           "vifi": Method("frame pooling", FramePool, PoolConfig)}
 VANILLA = dict(method="vifi", frames=16, sampling="tsn", clips=2, crops=1, pixels="clip", short_side=0, clip="ViT-B/16",
                model={})  # how vanilla CLIP sees a video, as a recipe
 SCORES = {"top1": "top-1", "top5": "top-5", "pairs": "inside reversed pairs",
@@ -105,9 +109,9 @@ class LinearProbe(nn.Module):
 
 def build_model(recipe, clip):
     """The model of a recipe (a dict) around a CLIP; recipe["model"] overrides its configuration's defaults."""
-    Model, Config = METHODS[recipe["method"]]
-    frames = {"frames": recipe["frames"]} if "frames" in Config.__dataclass_fields__ else {}
-    return Model(clip, Config(**frames | recipe["model"]))
+    method = METHODS[recipe["method"]]
+    frames = {"frames": recipe["frames"]} if "frames" in method.config.__dataclass_fields__ else {}
+    return method.model(clip, method.config(**frames | recipe["model"]))
 
 
 def load_model(path, clip="ViT-B/16", merges=None):
@@ -171,7 +175,7 @@ def ensemble(base, tuned, weight):
             if key.startswith("clip.") or key == "vision.positions" else value for key, value in tuned.items()}
 
 
-def views(recipe, model):
+def eval_views(recipe, model):
     """How a model sees a video at test time, from its recipe (a dict): a data.Views."""
     size = model.clip.visual.resolution
     if 0 < recipe["short_side"] < size:
@@ -180,101 +184,12 @@ def views(recipe, model):
     return data.Views(size=size, short_side=recipe["short_side"] or round(size * 256 / 224), **kept)
 
 
-# ---- evaluation, on one process or many ------------------------------------------------------------------------------
-
-def rank_and_world():
-    """(number of this process, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def start_processes(kind=None):
-    """Joins the other processes of a torchrun, if there are any; the device of this one.
-
-    kind: "cuda" or "cpu"; None: a GPU where there is one. Raises ValueError where there are too few GPUs.
-    """
-    cuda = torch.cuda.is_available() and kind != "cpu"
-    local, here = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    if kind == "cuda" and not cuda:
-        raise ValueError("--device cuda: PyTorch finds no GPU here")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda and here > torch.cuda.device_count():
-        raise ValueError(f"{here} processes on a node with {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        timeout = timedelta(hours=1)  # lets one prepare what the others wait for; until then who is cut off goes unnoticed
-        store, rank, world = next(rendezvous("env://", timeout=timeout))
-        dist.init_process_group("nccl" if cuda else "gloo", store=fresh(store, rank, world), rank=rank,
-                                world_size=world, timeout=timeout)
-    return device
-
-
-def fresh(store, rank, world):
-    """A part of torchrun's store that no process of an earlier attempt has written to.
-
-    torchrun keeps one store over all restarts: who finds a killed process's address there waits for it in vain. So all
-    post a new name each; those that read the same names, their own among them, are of the same attempt.
-    """
-    store.set(f"name {rank}", uuid.uuid4().hex)
-    while True:
-        names = uuid.uuid5(uuid.NAMESPACE_OID, str([store.get(f"name {i}") for i in range(world)])).hex
-        store.set(f"{names} {rank}", "")
-        try:
-            store.wait([f"{names} {i}" for i in range(world)], timedelta(seconds=1))
-            return dist.PrefixStore(names, store)
-        except dist.DistStoreError:  # a name was an earlier attempt's: read again
-            continue
-
-
-def progress(*things, **settings):
-    """tqdm's bar, on the first process alone."""
-    return tqdm(*things, **settings, **({"disable": True} if rank_and_world()[0] else {}))  # else TQDM_DISABLE is heeded
-
-
-def gather(items):
-    """Every process's list, joined, on every process."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return items
-    lists = [None] * world
-    dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
-
-
-def on_any(flag, device):
-    """Whether the flag is set on any process: one number through the network, nothing beside an optimiser step."""
-    if rank_and_world()[1] == 1:
-        return flag
-    count = torch.tensor(float(flag), device=device)
-    dist.all_reduce(count)
-    return bool(count)
-
+# ---- evaluation ------------------------------------------------------------------------------
 
 def autocast(device, precision):
     """The context in which the models run: fp32, bf16 or fp16."""
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def first_alone(call):
-    """call() on every process, but on each node's first one before the others: it downloads for all."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    result = call() if first else None
-    gather([])  # the others wait here
-    return result if first else call()
-
-
-def on_first(call):
-    """call() on the first process alone, while the others wait; where it fails, all fail with its words."""
-    error = None
-    if rank_and_world()[0] == 0:
-        try:
-            call()
-        except (ValueError, OSError) as caught:
-            error = caught
-    for caught in gather([error]):
-        if caught is not None:
-            raise caught
 
 
 @torch.no_grad()
@@ -284,11 +199,11 @@ def predict(model, videos, batch=8, workers=0, precision="fp32", title="evaluati
     -> (n,C) float32, NaN in the rows of unreadable videos, and [(index, what is wrong)], the same on all processes.
     Raises ValueError with the list where more than 5 % cannot be read.
     """
-    rank, world = rank_and_world()
+    rank, world = data.rank_and_world()
     device, found, bad = next(model.parameters()).device, [], []
-    model.eval().set_classes(videos.videos.classes)
+    model.eval().set_classes(videos.video_list.classes)
     loader = videos.loader(range(rank, len(videos), world), batch, workers)
-    for indices, clips, errors in progress(loader, desc=title, leave=False):
+    for indices, clips, errors in data.progress_bar(loader, desc=title, leave=False):
         bad += errors
         if indices:
             clips = data.normalise(clips.to(device, non_blocking=True), videos.views.pixels)  # (b,V,T,3,R,R)
@@ -296,15 +211,15 @@ def predict(model, videos, batch=8, workers=0, precision="fp32", title="evaluati
                 logits, _ = model(clips.flatten(0, 1))  # (b*V,C)
             mean = logits.float().softmax(dim=-1).unflatten(0, (len(indices), -1)).mean(dim=1)  # (b,C)
             found += zip(indices, mean.cpu().numpy())
-    found, bad = gather(found), sorted(gather(bad))
-    refuse_if_bad([error for _, error in bad], len(videos))
-    result = np.full((len(videos), len(videos.videos.classes)), np.nan, dtype=np.float32)
+    found, bad = data.gather(found), sorted(data.gather(bad))
+    stop_if_unreadable([error for _, error in bad], len(videos))
+    result = np.full((len(videos), len(videos.video_list.classes)), np.nan, dtype=np.float32)
     for i, probabilities in found:
         result[i] = probabilities
     return result, bad
 
 
-def refuse_if_bad(errors, total):
+def stop_if_unreadable(errors, total):
     """Raises ValueError that lists the unreadable videos where they are more than 5 % of the total."""
     if len(errors) > BAD_SHARE * total:
         raise ValueError(f"{len(errors)} of {total} videos cannot be read, more than {BAD_SHARE:.0%}: " + "; ".join(errors))
@@ -583,118 +498,6 @@ def draw_reversal(models, clip, names, path, pixels="imagenet"):
     picture.save(path)
 
 
-# ---- benchmark -------------------------------------------------------------------------------------------------------
-
-ARCHITECTURES = {  # what CLIP(...) needs, for random weights: no download; see clip_vit.sizes_of
-    name: dict(resolution=side, patch=patch, vision_width=width, vision_layers=layers, text_width=text, text_layers=12,
-               embed=text, context=77, vocabulary=514)
-    for name, side, patch, width, layers, text in (
-        ("ViT-B/32", 224, 32, 768, 12, 512), ("ViT-B/16", 224, 16, 768, 12, 512), ("ViT-L/14", 224, 14, 1024, 24, 768),
-        ("ViT-L/14@336px", 336, 14, 1024, 24, 768))}
-VARIANTS = {"frame pooling": ("vifi", {}), "TC-CLIP": ("tc", {}), "ILA": ("ila", {}),
-            "TC-CLIP, lightweight": ("tc", {"reference_blocks": ()})}  # the last third; see benchmark_model
-PAPER_COSTS = {  # [paper] (variant, backbone, frames): G multiply-adds per video, with one class of text
-    ("frame pooling", "ViT-B/16", 16): 285, ("TC-CLIP", "ViT-B/16", 16): 304,
-    ("TC-CLIP, lightweight", "ViT-B/16", 16): 291, ("ILA", "ViT-B/32", 8): 40, ("ILA", "ViT-B/32", 16): 75,
-    ("ILA", "ViT-B/16", 8): 149, ("ILA", "ViT-B/16", 16): 295, ("ILA", "ViT-L/14", 8): 673,
-    ("ILA", "ViT-L/14@336px", 16): 3130}
-
-
-def benchmark_model(variant, args, device):
-    """A method around random weights of the architecture, with 14-token prompts, Kinetics' longest, for its classes."""
-    method, settings = VARIANTS[variant]
-    torch.manual_seed(0)
-    if args.clip not in ARCHITECTURES:
-        clip = load_clip(args.clip, args.merges)
-    else:
-        clip = CLIP(**ARCHITECTURES[args.clip])
-        for name, p in clip.named_parameters():
-            if p.dim() != 1 or "embedding" in name:
-                nn.init.normal_(p, std=0.02)
-    settings = settings | ({} if method == "ila" else {"prompt": "a pic"})
-    if "reference_blocks" in settings:
-        settings["reference_blocks"] = tuple(range(-(len(clip.visual.transformer.resblocks) // 3), 0))
-    model = build_model({"method": method, "frames": args.frames, "model": settings}, clip).to(device)
-    model.set_classes([f"{i:07d}" for i in range(args.num_classes)])  # bytes: start + 4 + 7 + "." + end = 14
-    return model
-
-
-def count_multiply_adds(model, video):
-    """(per video, once per class set) in G: half the FLOPs of a forward pass. The math kernel, as the fused one hides."""
-    counts = []
-    model.eval()
-    for _ in range(2):  # the first forward also computes what is the same for all videos
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            model(video[:1])
-        counts.append(counter.get_total_flops() / 2e9)
-    return counts[1], counts[0] - counts[1]
-
-
-def one_pass(model, video, args):
-    """Seconds of a forward pass or, with --train, of a training step without the optimiser's part."""
-    began = time.perf_counter()
-    with torch.set_grad_enabled(args.train), autocast(video.device, args.precision):
-        logits, aux = model.train(args.train)(video) if args.train else model(video)
-        if args.train:
-            (F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64)) + aux).backward()
-    model.zero_grad()
-    if video.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def peak_memory(variant, args):
-    """The highest memory of one pass, in GB; to be run in a process of its own."""
-    device = start_processes(args.device)
-    model = benchmark_model(variant, args, device)
-    side = model.clip.visual.resolution
-    one_pass(model, torch.randn(args.batch, args.frames, 3, side, side, device=device), args)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    # Linux's high-water mark of this process; ru_maxrss would start at its parent's
-    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
-
-
-def memory_of(variant, args):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
-        try:
-            return child.submit(peak_memory, variant, args).result()
-        except RuntimeError as error:  # it was killed, or says itself that memory is out
-            raise ValueError(f"{variant}: measuring its memory failed; if it was too little, lower --batch") from error
-
-
-def benchmark(args):
-    """The methods side by side in one run: parameters, multiply-adds, time and memory, each against frame pooling."""
-    args.batch, args.clip = args.batch or 2, args.clip or "ViT-B/16"
-    device = start_processes(args.device)
-    models = {variant: benchmark_model(variant, args, device) for variant in VARIANTS}
-    base, side = "frame pooling", models["frame pooling"].clip.visual.resolution
-    video, seconds = torch.randn(args.batch, args.frames, 3, side, side, device=device), {name: [] for name in models}
-    costs = {name: count_multiply_adds(model, video) for name, model in models.items()}
-    for repeat in tqdm(range(args.repeats + 1), desc="training steps" if args.train else "forward passes"):
-        for name, model in models.items():
-            seconds[name].append(one_pass(model, video, args))
-    seconds = {name: np.array(taken[1:]) for name, taken in seconds.items()}  # the first is a warm-up
-    memory = {name: memory_of(name, args) for name in models}
-    processor = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.clip}, {'training step' if args.train else 'forward'}, {args.frames} frames, batch {args.batch}, "
-          f"{args.num_classes} classes, {args.precision}, {processor}; medians of {args.repeats} "
-          "(smallest to largest ratio)")
-    print(f"{'':22}{'parameters':>11}{'trained':>9}{'G per video':>13}{'paper G':>9}{'G per class set':>17}"
-          f"{'videos/s':>10}{'time ratio':>20}{'peak GB':>9}{'ratio':>7}")
-    for name, model in models.items():
-        ratios = seconds[name] / seconds[base]
-        count, trained = (sum(p.numel() for key, p in model.named_parameters() if "token_embedding" not in key
-                              and (p.requires_grad or every)) / 1e6 for every in (True, False))
-        print(f"{name:22}{count:9.1f} M{trained:7.1f} M{costs[name][0]:13.1f}"
-              f"{PAPER_COSTS.get((name, args.clip, args.frames), ''):>9}{costs[name][1]:17.1f}"
-              f"{args.batch / np.median(seconds[name]):10.2f}"
-              f"{np.median(ratios):8.3f} ({ratios.min():.2f}-{ratios.max():.2f})"
-              f"{memory[name]:9.2f}{memory[name] / memory[base]:7.2f}")
-    print("G: multiply-adds. The paper's include one class of text, and rows that are not computed here.")
-    return 0
-
-
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def flush_output():
@@ -751,14 +554,14 @@ def chosen_model(args, default_clip):
     if args.ensemble is not None:
         base = build_model(recipe, load_clip(args.clip or recipe["clip"], args.merges))
         model.load_state_dict(ensemble(base.state_dict(), model.state_dict(), args.ensemble))
-    return model.to(start_processes(args.device)), recipe
+    return model.to(data.start_processes(args.device)), recipe
 
 
-def test(model, videos, batch, workers, precision, title="evaluating", picture=None, subsets={}):
+def evaluate(model, videos, batch, workers, precision, title="evaluating", picture=None, subsets={}):
     """The scores of a model on a data.TestVideos, as results.json has them, and a picture of what is taken for what."""
     probabilities, bad = predict(model, videos, batch, workers, precision, title)
-    videos = videos.videos
-    if picture and rank_and_world()[0] == 0:
+    videos = videos.video_list
+    if picture and data.rank_and_world()[0] == 0:
         draw_confusion(probabilities, videos.labels, videos.classes, picture)
     pairs = inside_pairs(probabilities, videos)
     return {"videos": len(videos.labels), "classes": len(videos.classes),
@@ -789,15 +592,15 @@ def class_list(path, classes):
 def zeroshot(args):
     """Accuracy on every test set of a dataset; over several splits also their mean and standard deviation."""
     root = Path(args.data or f"data/{args.zeroshot}")
-    start_processes(args.device)
+    data.start_processes(args.device)
     tests = data.load_tests(args.zeroshot, root, labels=args.labels or "", upstream_labels=args.upstream_labels)
     subsets = {kind: path for kind, path in (("temporal", args.temporal), ("static", args.static)) if path}
     known = {name for videos in tests.values() for name in videos.classes}
     subsets = {kind: class_list(path, known) for kind, path in subsets.items()}
-    model, recipe = first_alone(lambda: chosen_model(args, root / "clip.pt" if args.zeroshot == "shapes" else "ViT-B/16"))
-    results, first, out = {}, rank_and_world()[0] == 0, sys.stderr if args.json == "-" else sys.stdout
+    model, recipe = data.node_leader_first(lambda: chosen_model(args, root / "clip.pt" if args.zeroshot == "shapes" else "ViT-B/16"))
+    results, first, out = {}, data.rank_and_world()[0] == 0, sys.stderr if args.json == "-" else sys.stdout
     for name, videos in tests.items():
-        results[name] = test(model, data.TestVideos(videos, views(recipe, model)), args.batch or 8, args.workers,
+        results[name] = evaluate(model, data.TestVideos(videos, eval_views(recipe, model)), args.batch or 8, args.workers,
                              args.precision, name, None if results else args.picture,
                              {kind: [i for i, own in enumerate(videos.classes) if own in names]
                               for kind, names in subsets.items()})
@@ -912,7 +715,7 @@ def look(args):
         raise ValueError(f"--picture draws one video; --video names {len(paths)}")
     model, recipe = chosen_model(args, "ViT-B/16")
     model.set_classes(names)
-    seen = views(recipe | ({"clips": 1, "crops": 1} if args.every else {}), model)
+    seen = eval_views(recipe | ({"clips": 1, "crops": 1} if args.every else {}), model)
     for path in tqdm(paths, desc="videos", leave=False, disable=len(paths) < 3):
         record = {"video": path, "measure": "probability" if len(names) > 1 else "cosine similarity", "windows": []}
         try:
@@ -952,8 +755,8 @@ def duration(words):
 
 TASKS_OF = {name: tasks for names, tasks in (  # the tasks that heed a flag; what is not here goes with all
     ("data labels upstream_labels temporal static", ("zeroshot",)), ("classes every", ("video",)),
-    ("checkpoint ensemble json picture", ("zeroshot", "video")), ("frames num_classes repeats train", ("benchmark",)),
-    ("clip merges batch precision device", ("zeroshot", "video", "benchmark"))) for name in names.split()}
+    ("checkpoint ensemble json picture", ("zeroshot", "video")),
+    ("clip merges batch precision device", ("zeroshot", "video"))) for name in names.split()}
 
 
 class Parser(argparse.ArgumentParser):
@@ -979,9 +782,9 @@ def check_flags(parser, args):
 
 def check_task(parser, args):
     """Refuses, before anything is loaded, flags that the task does not heed and values that cannot be meant."""
-    task = next((name for name in ("zeroshot", "video", "check", "benchmark") if getattr(args, name)), None)
+    task = next((name for name in ("zeroshot", "video", "check") if getattr(args, name)), None)
     if not task:
-        parser.error("give one of --zeroshot, --video, --check and --benchmark")
+        parser.error("give one of --zeroshot, --video and --check")
     if task != "zeroshot" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error(f"--{task} is for one process: leave torchrun out")
     for name, value in vars(args).items():
@@ -1003,13 +806,12 @@ def check_task(parser, args):
 
 
 def parse_args(arguments=None):
-    parser = Parser(description=__doc__, usage="eval.py (--zeroshot | --video | --check | --benchmark) ... [flags]")
+    parser = Parser(description=__doc__, usage="eval.py (--zeroshot | --video | --check) ... [flags]")
     task = parser.add_mutually_exclusive_group()
     flag = task.add_argument
     flag("--zeroshot", choices=data.DATASETS, metavar="DATASET", help=f"test on one of {', '.join(data.DATASETS)}")
     flag("--video", nargs="+", metavar="PATH", help="look at videos and at all videos in folders")
     flag("--check", metavar="DIR", help="read every video below DIR as a test does, and name those that fail")
-    flag("--benchmark", action="store_true", help="speed, cost and memory of the methods, side by side")
     flag = parser.add_argument_group("for --zeroshot").add_argument
     flag("--data", metavar="DIR", help="folder of the data; default data/DATASET")
     flag("--labels", metavar="FILE", help="other class names for the same ids, CSV id,name or JSON; llm: the published "
@@ -1029,15 +831,10 @@ def parse_args(arguments=None):
          ', "windows": [{"start", "end", "classes": {name: value}}]}], in seconds, end null for a whole video; default: no file')
     flag("--picture", metavar="PNG", help="draw what the model saw; with --every what happens when; with --zeroshot "
          "which classes are taken for which; default: no picture")
-    flag = parser.add_argument_group("for --benchmark").add_argument
-    flag("--frames", type=int, default=16, help="per video; default %(default)s")
-    flag("--num-classes", type=int, default=400, help="default %(default)s")
-    flag("--repeats", type=int, default=5, help="passes per median; default %(default)s")
-    flag("--train", action="store_true", help="time training steps; default: forward passes")
     flag = parser.add_argument_group("for all of these; --workers also for --check").add_argument
     flag("--clip", metavar="NAME", help="OpenAI's name or a file; default ViT-B/16, for shapes its own")
     flag("--merges", metavar="FILE", help="CLIP's BPE merges; default: the cache folder's, downloaded once")
-    flag("--batch", type=int, help="videos (or windows) per pass; default 8, in the benchmark 2")
+    flag("--batch", type=int, help="videos (or windows) per pass; default 8")
     flag("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default %(default)s")
     flag("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     flag("--workers", type=int, default=min(8, os.cpu_count()), help="loader processes; default %(default)s")
@@ -1045,7 +842,7 @@ def parse_args(arguments=None):
 
 
 def main(args):
-    return (zeroshot if args.zeroshot else look if args.video else check if args.check else benchmark)(args)
+    return (zeroshot if args.zeroshot else look if args.video else check)(args)
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def resolve_recipe(protocol, method, dataset, settings=(), **given):
     if method == "tc" and any(setting.startswith("labels=") for setting in settings):
         values["model"] = {"text_length": 77} | values["model"]  # described classes are longer than names
     values |= {key: value for key, value in given.items() if value}
-    run, model = knobs(Recipe), knobs(evaluation.METHODS[method][1])
+    run, model = knobs(Recipe), knobs(evaluation.METHODS[method].config)
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
@@ -214,7 +214,7 @@ def resolve_recipe(protocol, method, dataset, settings=(), **given):
         elif name in model:
             values["model"] = values["model"] | {name: parse_value(name, text, *model[name])}
         else:
-            owner = [other for other, (_, config) in evaluation.METHODS.items() if name in knobs(config)]
+            owner = [key for key, other in evaluation.METHODS.items() if name in knobs(other.config)]
             like = difflib.get_close_matches(name, [*run, *model], 1)
             hint = f", --method {owner[0]} has" if owner else f"; did you mean {like[0]}?" if like else ""
             raise ValueError(f"--set {setting}: {method} has no {name!r}{hint}; known are {', '.join([*run, *model])}")
@@ -392,7 +392,7 @@ def start(recipe, folder, train_videos, validation_videos, device):
             model = evaluation.LinearProbe(model, len(train_videos.classes))
         model.set_classes(train_videos.classes)
         return model.to(device)
-    model = evaluation.first_alone(build)
+    model = data.node_leader_first(build)
     if recipe.sync_bn and device.type == "cpu":
         raise ValueError("sync_bn=true needs GPUs")
     variable, *compilers = ("CC", "gcc", "clang") if device.type == "cuda" else ("CXX", "g++", "clang++")
@@ -414,9 +414,9 @@ def start(recipe, folder, train_videos, validation_videos, device):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for block in (module for module in model.modules() if isinstance(module, Block)):
         block.checkpointing = recipe.checkpointing
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if evaluation.rank_and_world()[1] > 1 else model
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if data.rank_and_world()[1] > 1 else model
     wrapped = torch.compile(wrapped) if recipe.compile else wrapped
-    views = evaluation.views(vars(recipe), model)
+    views = evaluation.eval_views(vars(recipe), model)
     training = data.TrainVideos(train_videos, views, recipe.seed, recipe.augmentation(), recipe.keep_decoded)
     validation = data.TestVideos(validation_videos, dataclasses.replace(views, clips=1, crops=1), recipe.keep_decoded)
     return Run(recipe, folder, training, validation, model, wrapped, optimizer, scaler, progress)
@@ -424,12 +424,12 @@ def start(recipe, folder, train_videos, validation_videos, device):
 
 def save_run(run):
     """Writes the whole state, from which the run goes on bit by bit, to folder/last.pt."""
-    world = evaluation.rank_and_world()[1]
+    world = data.rank_and_world()[1]
     for buffer in run.model.buffers():  # batch norm's running statistics differ between processes: their mean is kept
         if world > 1 and buffer.is_floating_point():
             dist.all_reduce(buffer.div_(world))
-    evaluation.on_first(lambda: save(run.folder / "last.pt", {
-        "recipe": vars(run.recipe), "classes": list(run.training.videos.classes),
+    data.on_rank_zero(lambda: save(run.folder / "last.pt", {
+        "recipe": vars(run.recipe), "classes": list(run.training.video_list.classes),
         "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(), "progress": run.progress}))
 
@@ -451,7 +451,7 @@ def train_step(run, loader, count, videos, epoch):
     Its gradient is that of the mean loss over the step's `videos`, of all processes, however they are cut up.
     -> sums over this process's videos of (loss, auxiliary loss, 1), and the reading errors.
     """
-    recipe, (rank, world), device = run.recipe, evaluation.rank_and_world(), run.model.clip.logit_scale.device
+    recipe, (rank, world), device = run.recipe, data.rank_and_world(), run.model.clip.logit_scale.device
     step = run.progress["step"]
     torch.manual_seed((recipe.seed * 1_000_003 + step) * 1024 + rank)  # for dropout: no random state has to be saved
     lam, box = data.mix_draw(np.random.default_rng([recipe.seed, epoch, step, 1]), run.model.clip.visual.resolution,
@@ -464,7 +464,7 @@ def train_step(run, loader, count, videos, epoch):
             raise ValueError("ten training videos in a row cannot be read: " + "; ".join(bad))
         weights = weights.to(device, torch.float32)  # (b,)
         video = data.normalise(clips.to(device, non_blocking=True), recipe.pixels)  # (b,T,3,R,R)
-        targets = data.soft_targets(labels.to(device), len(run.training.videos.classes), recipe.smoothing)  # (b,C)
+        targets = data.soft_targets(labels.to(device), len(run.training.video_list.classes), recipe.smoothing)  # (b,C)
         video, targets = data.mix_pairs(video, targets, lam, box)
         with contextlib.nullcontext() if world == 1 or i == count - 1 else run.wrapped.no_sync():
             with evaluation.autocast(device, recipe.precision):
@@ -484,7 +484,7 @@ def train_step(run, loader, count, videos, epoch):
 
 def train_epoch(run, bar):
     """The rest of the epoch that the run is in, saved on the way and at its end -> whether SIGTERM has stopped it."""
-    recipe, progress, (rank, world) = run.recipe, run.progress, evaluation.rank_and_world()
+    recipe, progress, (rank, world) = run.recipe, run.progress, data.rank_and_world()
     epoch = len(progress["history"])
     done = progress["step"] - epoch * run.per_epoch
     run.wrapped.train()
@@ -501,7 +501,7 @@ def train_epoch(run, bar):
             sums, errors = sums + step_sums, errors + step_errors
             progress["step"] += 1
             bar.update()
-            stop = evaluation.on_any(noted.is_set(), sums.device)  # all processes leave after the same step
+            stop = data.any_process(noted.is_set(), sums.device)  # all processes leave after the same step
             if stop or progress["step"] % recipe.save_every == 0 or i == len(steps) - 1:
                 add_up(run, sums.tolist(), errors, time.time() - began)
                 save_run(run)
@@ -514,10 +514,10 @@ def train_epoch(run, bar):
 def add_up(run, sums, errors, seconds):
     """Adds what all processes have seen since the last time to the progress. Raises ValueError to stop the run."""
     progress = run.progress
-    progress["sums"] = np.sum([progress["sums"], *evaluation.gather([sums])], axis=0).tolist()
-    progress["bad"] = sorted({*progress["bad"], *evaluation.gather(errors)})
+    progress["sums"] = np.sum([progress["sums"], *data.gather([sums])], axis=0).tolist()
+    progress["bad"] = sorted({*progress["bad"], *data.gather(errors)})
     progress["seconds"] += seconds
-    evaluation.refuse_if_bad(progress["bad"], len(run.training))
+    evaluation.stop_if_unreadable(progress["bad"], len(run.training))
     if not math.isfinite(progress["sums"][0]):
         raise ValueError(f"the loss is not finite at step {progress['step']}: lower lr, or try precision=bf16")
 
@@ -541,22 +541,22 @@ def finish_epoch(run):
     def write():
         if "top1" in line and (line["top1"] > best or not recipe.keep_best):
             save(run.folder / "best.pt", {"recipe": vars(recipe), "model": run.model.state_dict(),
-                                          "classes": list(run.training.videos.classes), "epoch": epoch})
+                                          "classes": list(run.training.video_list.classes), "epoch": epoch})
         lines = "".join(json.dumps(old) + "\n" for old in progress["history"])
         write_atomically(run.folder / "log.jsonl", lambda file: file.write(lines.encode()))
         evaluation.draw_curves(progress["history"], run.folder / "curves.png")
         if "top1" in line:
             tqdm.write(f"epoch {epoch} of {recipe.epochs}: loss {line['loss']:.4f}, validation top-1 {line['top1']:.1%}",
                        file=sys.stderr)
-    evaluation.on_first(write)  # nobody reads best.pt before it is whole
+    data.on_rank_zero(write)  # nobody reads best.pt before it is whole
     if epoch == recipe.epochs:
         save_run(run)
 
 
 def train_epochs(run):
     """Trains from where the run is to its last epoch; at SIGTERM saves, says so and ends the process."""
-    rank, stopped = evaluation.rank_and_world()[0], False
-    with evaluation.progress(total=run.recipe.epochs * run.per_epoch, initial=run.progress["step"], desc=run.recipe.method,
+    rank, stopped = data.rank_and_world()[0], False
+    with data.progress_bar(total=run.recipe.epochs * run.per_epoch, initial=run.progress["step"], desc=run.recipe.method,
                              unit="step") as bar:
         while len(run.progress["history"]) < run.recipe.epochs and not stopped:
             stopped = train_epoch(run, bar)
@@ -570,9 +570,9 @@ def train_epochs(run):
 
 def test(run, videos, picture=None):
     """The scores of the model as it stands on a data.TestVideos; its classes are the training's again afterwards."""
-    scores = evaluation.test(run.model, videos, run.recipe.micro_batch, run.recipe.workers, run.recipe.precision,
+    scores = evaluation.evaluate(run.model, videos, run.recipe.micro_batch, run.recipe.workers, run.recipe.precision,
                              picture=picture)
-    run.model.set_classes(run.training.videos.classes)
+    run.model.set_classes(run.training.video_list.classes)
     return scores
 
 
@@ -583,7 +583,7 @@ def transfer(run, root):
     0.7 of the tuned weights and 0.3 of CLIP's [paper].
     """
     recipe, results = run.recipe, {}
-    base = evaluation.first_alone(lambda: evaluation.build_model(vars(recipe), load_clip(recipe.clip, recipe.merges)))
+    base = data.node_leader_first(lambda: evaluation.build_model(vars(recipe), load_clip(recipe.clip, recipe.merges)))
     tuned = {name: value.clone() for name, value in run.model.state_dict().items()}
     weights = {"plain": tuned, "ensembled": evaluation.ensemble(base.state_dict(), tuned, 0.7)}
     for dataset in [name for name in TRANSFER if name != recipe.dataset]:
@@ -616,11 +616,11 @@ def announce(recipe, folder, train_videos, tests):
 
 def run_recipe(recipe, root, folder, device):
     """Trains by a recipe, tests on every test set, writes results.json and returns what it holds."""
-    rank, _ = evaluation.rank_and_world()
+    rank, _ = data.rank_and_world()
     train_videos, tests = data.load_protocol(recipe.protocol, recipe.dataset, root, recipe.shots, recipe.seed, recipe.train_list,
                                              recipe.test_list, recipe.labels, recipe.upstream_labels)
     described = vars(recipe) | {"data": describe_data(train_videos, tests)}
-    evaluation.on_first(lambda: open_folder(folder, described))
+    data.on_rank_zero(lambda: open_folder(folder, described))
     if (folder / "results.json").exists():
         return read_json(folder / "results.json")
     run = start(recipe, folder, train_videos, next(iter(tests.values())), device)
@@ -819,15 +819,15 @@ def draw_miniature(root, results, path):
     """The time-reversal figure: a clip and its reversal, as the first run of each method sees them."""
     models, names = {}, ("red to blue", "blue to red")
     for folder, result in results.items():
-        title = {"vifi": "frame pooling", "tc": "TC-CLIP", "ila": "ILA"}[result["recipe"]["method"]]
+        title = evaluation.METHODS[result["recipe"]["method"]].title
         if title not in models:
             models[title], recipe = evaluation.load_model(folder / "best.pt")
-            clip = data.read_test(root / "base" / names[0] / "000.mp4", evaluation.views(recipe, models[title]))[0]
+            clip = data.read_test(root / "base" / names[0] / "000.mp4", evaluation.eval_views(recipe, models[title]))[0]
     evaluation.draw_reversal(models, clip, names, path)
 
 
 def main(args):
-    device, (rank, _) = evaluation.start_processes(), evaluation.rank_and_world()
+    device, (rank, _) = data.start_processes(), data.rank_and_world()
     dataset = args.dataset or "shapes"
     root = Path(args.data or f"data/{dataset}")
     out = Path(args.out or f"runs/{dataset}-{args.protocol}")
@@ -835,7 +835,7 @@ def main(args):
     if dataset == "shapes" and device.type == "cpu":
         torch.set_num_threads(1)  # 32-pixel tensors gain nothing from more, and lose much where other programs run
     if dataset == "shapes":
-        evaluation.first_alone(lambda: prepare_miniature(root, device))
+        data.node_leader_first(lambda: prepare_miniature(root, device))
     results = {folder: run_recipe(recipe, root, folder, device) for folder, recipe in recipes.items()}
     if rank == 0 and dataset == "shapes":
         draw_miniature(root, results, out / "reversal.png")
@@ -864,8 +864,8 @@ def describe(title, config, but=()):
 
 def parse_args(arguments=None):
     known = [describe("--set for every run (defaults where no recipe of the papers says otherwise):", Recipe)]
-    known += [describe(f"--set for --method {method}:", config, knobs(Recipe))
-              for method, (_, config) in evaluation.METHODS.items()]
+    known += [describe(f"--set for --method {name}:", method.config, knobs(Recipe))
+              for name, method in evaluation.METHODS.items()]
     parser = evaluation.Parser(description=__doc__, epilog="\n".join(known),
                                usage="train.py --protocol PROTOCOL [flags] [--set key=value ...]")
     flag = parser.add_argument

@@ -106,11 +106,11 @@ def checkpoints(folder):
 
 def collective(rank, port):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    device = evaluation.start_processes()
+    device = data.start_processes()
     found = [(i, np.random.rand(400).astype(np.float32)) for i in range(rank, 20_000, 2)]  # as in predict
-    evaluation.gather([])
-    seconds, result = timed(lambda: evaluation.gather(found))
-    flags = [timed(lambda: evaluation.on_any(False, device))[0] for _ in range(1000)]
+    data.gather([])
+    seconds, result = timed(lambda: data.gather(found))
+    flags = [timed(lambda: data.any_process(False, device))[0] for _ in range(1000)]
     if rank == 0:
         print(f"collectives, two processes: {len(result)} x 400 probabilities gathered in {seconds:.2f} s; the flag of "
               f"every step in {1e6 * np.median(flags):.0f} us", flush=True)

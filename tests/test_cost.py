@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_vit import CLIP, FramePool
-from eval import ARCHITECTURES, PAPER_COSTS
+from bench_speed import ARCHITECTURES, PAPER_COSTS
 from ila import ILA, ILAConfig
 from video_prompt import TCCLIP, TCConfig
 

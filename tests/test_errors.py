@@ -176,7 +176,7 @@ EVAL = [
     ("--zeroshot shapes --data {t}/text", "no data there"),
     ("--zeroshot hmdb51 --data {t}/splits_alone", "none of its 3"),
     ("{z} --every 2s", "--every means nothing to --zeroshot"), ("{z} --classes a,b", "--classes means"),
-    ("{z} --frames 4", "--frames means"), ("{z} --train", "--train means"), ("{z} --workers=-1", "--workers -1"),
+    ("{z} --frames 4", "unrecognized arguments: --frames"), ("{z} --train", "unrecognized arguments: --train"), ("{z} --workers=-1", "--workers -1"),
     ("{z} --batch 0", "--batch 0"), (f"{{z}} --batch {10**20}", "must lie between 1 and"),
     ("{z} --upstream-labels", "only hmdb51"),
     ("{z} --checkpoint {t}/older.pt", "older.pt: not weights that can be used: no short_side"),
@@ -221,10 +221,7 @@ EVAL = [
     (f"--video {{v}} --classes {'a' * 40} --checkpoint {{t}}/tc.pt", "does not fit"),
     ("--video {v} --classes a --every 0", "not a time"),
     ("--video {v} --classes a --every=-2s", "'-2s' is not a time"),
-    ("--video {v} --classes a --every 2h", "2s, 500ms"), ("--benchmark --frames 0", "--frames 0"),
-    ("--benchmark --clip nowhere.pt", "nowhere.pt: neither"),
-    ("--benchmark --clip {w}/clip.pt --frames 1", "at least 2"), ("--benchmark --json a.json", "--json means nothing"),
-    ("--benchmark --checkpoint {t}/tc.pt", "--checkpoint means nothing to --benchmark")]
+    ("--video {v} --classes a --every 2h", "2s, 500ms")]
 
 
 @pytest.mark.parametrize("script, words, said", [("train", *case) for case in TRAIN] + [("eval", *case) for case in EVAL])
@@ -237,14 +234,14 @@ def test_wrong_use_is_told_in_one_line(script, words, said, world, things, tmp_p
         words = ["--protocol", "fewshot", *words] if "--protocol" not in words else words
         words = [*words, *([] if "--data" in " ".join(words) else ["--data", str(world)]),
                  *([] if "--out" in " ".join(words) else ["--out", str(tmp_path / "run")])]
-    if words and not {"--clip", "--checkpoint", "--benchmark"} & {*words} and ("--video" in words or "hmdb51" in words):
+    if words and not {"--clip", "--checkpoint"} & {*words} and ("--video" in words or "hmdb51" in words):
         words += ["--clip", "nowhere.pt"]  # nothing may be loaded, let alone downloaded, before the mistake is seen
     before = snapshot(tmp_path, things, world)
     assert said in told(script, words, capsys)
     assert snapshot(tmp_path, things, world) == before and not (things / "was run").exists()
 
 
-@pytest.mark.parametrize("task", ["--benchmark", "--check clips", "--video a.mp4 --classes a,b"])
+@pytest.mark.parametrize("task", ["--check clips", "--video a.mp4 --classes a,b"])
 def test_what_is_for_one_process_says_so(task, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert f"{task.split()[0]} is for one process: leave torchrun out" in told("eval", task.split(), capsys)
@@ -295,7 +292,7 @@ def test_compiling_needs_a_compiler(world, tmp_path, monkeypatch, capsys):
 
 
 def test_progress_bars_can_be_left_out():
-    words = "import eval; print(len(list(eval.progress(range(3)))))"
+    words = "import data; print(len(list(data.progress_bar(range(3)))))"
     for switch, bars in (({"TQDM_DISABLE": "1"}, False), ({}, True)):
         done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, env=os.environ | switch, text=True, capture_output=True)
         assert done.stdout == "3\n" and ("3/3" in done.stderr) == bars, done.stderr
@@ -313,7 +310,7 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
     with pytest.raises(ValueError, match="5 processes on a node with 4 GPUs: lower --nproc_per_node"):
-        evaluation.start_processes()
+        data.start_processes()
 
 
 def launch(script, *words, **kind):
@@ -382,7 +379,7 @@ def test_help_is_two_screens_and_every_flag_says_its_default(script, monkeypatch
     text = help_of(script, monkeypatch, capsys)
     lines = text.splitlines()
     assert len(lines) <= 100 and max(map(len, lines)) <= 100, (len(lines), [line for line in lines if len(line) > 100])
-    tasks = ("-h", "--zeroshot", "--video", "--check", "--benchmark")  # of which one is needed
+    tasks = ("-h", "--zeroshot", "--video", "--check")  # of which one is needed
     for flag in flags:
         assert flag["name"] in tasks or re.search("default|needed", flag["help"]), flag
 

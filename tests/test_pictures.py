@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is where it belongs, and says what it should. The benchmark's table."""
+"""Pictures: what is drawn is where it belongs, and says what it should."""
 
 import numpy as np
 import pytest
@@ -163,35 +163,3 @@ def test_a_reversal_looks_alike_to_frame_pooling_and_not_to_what_sees_time(tmp_p
     assert drawn[:3] == ["One clip, forwards and backwards", "forwards:\nred to blue", "backwards:\nblue to red"]
     assert drawn.count("red to blue  1.000") == drawn.count("blue to red  1.000") == 1
     np.testing.assert_array_equal(rows[0][:95, 190:285], rows[1][:95, 190 + 7 * 99:285 + 7 * 99])  # first frame, last frame
-
-
-# ---- benchmark -------------------------------------------------------------------------------------------------------
-
-def test_the_benchmark_stands_beside_the_papers(tmp_path, capsys, monkeypatch):
-    torch.save(tiny_clip(vision_layers=5).state_dict(), tmp_path / "clip.pt")
-    monkeypatch.setattr(evaluation, "memory_of", lambda name, args: 2.0)
-    words = ("--benchmark", "--clip", tmp_path / "clip.pt", "--frames", "2", "--batch", "1", "--num-classes", "3",
-             "--repeats", "1")
-    assert evaluate(*words) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line[:22].strip() for line in lines[2:6]] == list(evaluation.VARIANTS)
-    assert all("2.00" in line and float(line[22:31]) >= float(line[33:40]) > 0 for line in lines[2:6])
-    assert float(lines[4][22:31]) > float(lines[4][33:40])  # ILA does not train the text tower
-    column = lines[1].index("paper G")
-    assert not "".join(line[column:column + 7].strip() for line in lines[2:6])
-    monkeypatch.setattr(evaluation, "PAPER_COSTS", {("ILA", str(tmp_path / "clip.pt"), 2): 295})
-    assert evaluate(*words) == 0
-    assert [line[column:column + 7].strip() for line in capsys.readouterr().out.splitlines()[2:6]] == ["", "", "295", ""]
-    assert evaluate("--benchmark", "--clip", "nowhere.pt") == 2
-    assert evaluate(*words, "--device", "cpu") == 0 and "fp32, CPU" in capsys.readouterr().out
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert evaluate(*words, "--device", "cuda") == 2 and "finds no GPU" in capsys.readouterr().err
-
-
-def test_memory_is_measured_in_a_process_of_its_own(world):
-    args = evaluation.parse_args(["--benchmark", "--clip", str(world / "clip.pt"), "--frames", "2", "--num-classes", "3"])
-    args.batch = 1
-    assert 0.1 < evaluation.memory_of("TC-CLIP", args) < 3
-    args.batch = 10**9  # 98 TB
-    with pytest.raises(ValueError, match="lower --batch"):
-        evaluation.memory_of("TC-CLIP", args)

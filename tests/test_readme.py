@@ -11,13 +11,15 @@ import pytest
 import torch
 from helpers import tiny_clip
 
+import bench_speed
 import data
 import eval as evaluation
 import train
 
+FILES = "train.py", "eval.py", "tests/bench_speed.py"
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"(?:torchrun [^\n`]*?|python )((?:train|eval)\.py [^\n`#]*[^\s`#])", README)))
+COMMANDS = sorted(set(re.findall(r"(?:torchrun [^\n`]*?|python )((?:train|eval|tests/bench_speed)\.py [^\n`#]*[^\s`#])", README)))
 TOY = "epochs=1 batch=32 micro_batch=16 frames=4 short_side=32 clips=1 crops=1 workers=0"
 OPTIONS = {"tc": "context_tokens=4 text_length=77 prompt=pic", "vifi": "prompt=pic", "ila": ""}
 
@@ -63,7 +65,7 @@ def runs(home):
 
 def test_the_readme_names_commands_of_every_kind():
     assert len(COMMANDS) > 15
-    for words in ("zeroshot", "fewshot", "base2novel", "supervised", "--zeroshot", "--video", "--check", "--benchmark"):
+    for words in ("zeroshot", "fewshot", "base2novel", "supervised", "--zeroshot", "--video", "--check", "bench_speed.py"):
         assert any(words in command for command in COMMANDS), words
 
 
@@ -71,10 +73,10 @@ def test_the_readme_names_commands_of_every_kind():
 def test_every_command_runs(home, runs, monkeypatch, capsys, command):
     """As written, but with the stand-in CLIP, and in training with toy settings for all that the command leaves open."""
     monkeypatch.chdir(home)
-    monkeypatch.setattr(evaluation, "memory_of", lambda variant, args: 1.0)  # a process each; tested in test_pictures.py
+    monkeypatch.setattr(bench_speed, "memory_of", lambda variant, args: 1.0)  # a process each; tested in test_bench.py
     script, *words = shlex.split(command)
     words = [f"{word}-{COMMANDS.index(command)}" if before == "--out" else word for before, word in zip(["", *words], words)]
-    if "--dataset" in words or script == "eval.py":
+    if "--dataset" in words or script != "train.py":
         words += ["--clip", "clip.pt"] if "--check" not in words and "--help" not in words else []
     else:  # the miniature world
         monkeypatch.setattr(train, "prepare_miniature", miniature)
@@ -86,9 +88,10 @@ def test_every_command_runs(home, runs, monkeypatch, capsys, command):
                                                                                        or "probe=true" in words))]
         words += ["--set", *toy]
         words += [] if "--method" in words or "--dataset" in words else ["--method", "tc"]
-    if "--benchmark" in words:
+    if script == "tests/bench_speed.py":
         words += ["--frames", "4", "--repeats", "1", "--num-classes", "3", "--batch", "1"]
-    main, parse = (train.main, train.parse_args) if script == "train.py" else (evaluation.main, evaluation.parse_args)
+    module = {"train.py": train, "eval.py": evaluation, "tests/bench_speed.py": bench_speed}[script]
+    main, parse = module.main, module.parse_args
     if "--help" in words:
         with pytest.raises(SystemExit, match="0"):
             parse(words)
@@ -122,8 +125,9 @@ def test_what_the_readme_points_at_is_there():
     for name in re.findall(r"`([\w/]+\.py)`", README):
         assert (ROOT / name).is_file() or (ROOT / "tests" / name).is_file(), name
     for name in set(re.findall(r"`--([\w-]+)", README)) - {"max_restarts", "shutdown-timeout", "local_addr", "nnodes"}:  # torchrun's
-        assert f'"--{name}"' in (ROOT / "train.py").read_text() + (ROOT / "eval.py").read_text(), name
-    knobs = {**train.knobs(train.Recipe)} | {name: 0 for _, config in evaluation.METHODS.values() for name in train.knobs(config)}
+        assert f'"--{name}"' in "".join((ROOT / file).read_text() for file in FILES), name
+    knobs = {**train.knobs(train.Recipe)} | {name: 0 for method in evaluation.METHODS.values()
+                                              for name in train.knobs(method.config)}
     for name in re.findall(r"`([a-z_]+)=[^`]*`", README):
         assert name in knobs, name
     assert av.__version__ >= "18.1"

@@ -436,7 +436,7 @@ def test_512_videos_in_parts_of_8(world, tmp_path, monkeypatch):
     videos, tests = data.load_protocol("fewshot", "shapes", world, 4, 0)
     videos = dataclasses.replace(videos, paths=videos.paths * 7, labels=videos.labels * 7)  # 560 videos
     run = train.start(recipe, tmp_path, videos, next(iter(tests.values())), torch.device("cpu"))
-    monkeypatch.setattr(evaluation, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(data, "rank_and_world", lambda: (1, 2))
     run.wrapped = Counted(run.model)
     parts = train.epoch_batches(recipe, 560, 0, 1, 2)[0]
     sums, bad = train.train_step(run, iter(run.training.loader(parts, 0)), len(parts), 512, 0)

@@ -1,0 +1,51 @@
+"""The benchmarks run, and their tables say what they should."""
+
+import pytest
+import torch
+from helpers import tiny_clip
+
+import bench_speed
+from eval import run_command
+
+
+def bench(*words):
+    """Exit status of bench_speed.py with these arguments."""
+    return run_command(bench_speed.main, lambda: bench_speed.parse_args(list(map(str, words))))
+
+
+def test_the_benchmark_stands_beside_the_papers(tmp_path, capsys, monkeypatch):
+    torch.save(tiny_clip(vision_layers=5).state_dict(), tmp_path / "clip.pt")
+    monkeypatch.setattr(bench_speed, "memory_of", lambda name, args: 2.0)
+    words = ("--clip", tmp_path / "clip.pt", "--frames", "2", "--batch", "1", "--num-classes", "3",
+             "--repeats", "1")
+    assert bench(*words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:22].strip() for line in lines[2:6]] == list(bench_speed.VARIANTS)
+    assert all("2.00" in line and float(line[22:31]) >= float(line[33:40]) > 0 for line in lines[2:6])
+    assert float(lines[4][22:31]) > float(lines[4][33:40])  # ILA does not train the text tower
+    column = lines[1].index("paper G")
+    assert not "".join(line[column:column + 7].strip() for line in lines[2:6])
+    monkeypatch.setattr(bench_speed, "PAPER_COSTS", {("ILA", str(tmp_path / "clip.pt"), 2): 295})
+    assert bench(*words) == 0
+    assert [line[column:column + 7].strip() for line in capsys.readouterr().out.splitlines()[2:6]] == ["", "", "295", ""]
+    assert bench("--clip", "nowhere.pt") == 2
+    assert bench(*words, "--device", "cpu") == 0 and "fp32, CPU" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench(*words, "--device", "cuda") == 2 and "finds no GPU" in capsys.readouterr().err
+
+
+def test_memory_is_measured_in_a_process_of_its_own(world):
+    args = bench_speed.parse_args(["--clip", str(world / "clip.pt"), "--frames", "2", "--num-classes", "3"])
+    args.batch = 1
+    assert 0.1 < bench_speed.memory_of("TC-CLIP", args) < 3
+    args.batch = 10**9  # 98 TB
+    with pytest.raises(ValueError, match="lower --batch"):
+        bench_speed.memory_of("TC-CLIP", args)
+
+
+@pytest.mark.parametrize("words, said", [
+    (("--frames", "0"), "--frames 0"), (("--clip", "nowhere.pt"), "nowhere.pt: neither"),
+    (("--json", "a.json"), "unrecognized arguments: --json")])
+def test_wrong_use_is_told_in_one_line(words, said, capsys):
+    assert bench(*words) == 2
+    assert said in capsys.readouterr().err
