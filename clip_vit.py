@@ -1,13 +1,17 @@
-"""CLIP (Radford et al. 2021), the image and text towers that every method here starts from, and frame pooling.
+"""CLIP (Radford et al. 2021): the image and text towers that every method here starts from.
 
     image -> patches -> pre-norm transformer -> class token -> joint space
-    text  -> tokens  -> the same, causal     -> end token   -> joint space, where cosines are compared
+    text  -> tokens  -> the same, causal     -> end token   -> joint space: cosines are compared
 
-Parameter names are the keys of OpenAI's state_dict, so that weights load strictly and without a rename table; every
-size is read off the tensors. FramePool is ViFi-CLIP (Rasheed et al. 2023): the mean over a video's frames.
+Sections: tokenizer; towers; what the video models share; frame pooling; weights from disk. A reader
+who wants the model begins with the towers.
 
-Letters, here and in every file: B videos, T frames, P patches, N = 1 + P tokens of a frame, D width, E joint width,
-H heads of width d = 64, C classes, L text length, R image side in pixels.
+Parameter names are the keys of OpenAI's state_dict, so weights load strictly and need no table of
+names. All sizes are read off the tensors; what no tensor tells (activation, head width) is an
+argument of the towers.
+
+Letters, here and in every file: B videos, T frames, P patches, N = 1 + P tokens of a frame,
+D width, E joint width, H heads of width d, C classes, L text length, R image side in pixels.
 """
 
 import gzip
@@ -34,37 +38,153 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-HEAD_WIDTH = 64  # OpenAI's ViT towers have width // 64 heads; no tensor's shape tells it
+HEAD_WIDTH = 64  # d in OpenAI's ViT towers; no tensor's shape tells it
 OPENAI = "https://openaipublic.azureedge.net/clip/models/{sha256}/{file}"
 OPENAI_MODELS = {  # name: (SHA-256, file), https://github.com/openai/CLIP/blob/main/clip/clip.py
-    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
-    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
-    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"),
-    "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px.pt"),
+    "ViT-B/32": (
+        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
+    "ViT-B/16": (
+        "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
+    "ViT-L/14": (
+        "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"),
+    "ViT-L/14@336px": (
+        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px.pt"),
 }
 MERGES_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-BYTES = 514  # ids of a vocabulary without merges: 256 bytes, the same at a word's end, start and end token
+BYTES = 514  # size of a vocabulary without merges: 256 bytes, 256 bytes at a word's end, start, end
 
 
-# ---- the towers ------------------------------------------------------------------------------------------------------
+# ---- tokenizer -----------------------------------------------------------------------------------
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+# OpenAI's pattern in the standard library's `re`: contractions, runs of letters, single digits,
+# runs of anything else. The white space is Unicode's, spelled out, because Python's \s also holds
+# U+001C to U+001F, which count as punctuation.
+SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+WORD = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+                  rf"|[^\W\d_]+|\d|(?:[^{SPACE}\w]|_)+")
+CONTROL = re.compile(r"\x1b\[[\d;]*[a-zA-Z]|[\x00-\x08\x0b\x0e-\x1f\x7f]")  # as ftfy removes them
+
+
+@lru_cache
+def byte_symbols():
+    """{byte: the printable character that stands for it}, in the order of the first 256 ids."""
+    printable = [*range(ord("!"), ord("~") + 1),
+                 *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    symbols = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in printable:
+            symbols[byte] = chr(256 + len(symbols) - len(printable))
+    return symbols
+
+
+@lru_cache
+def read_vocabulary(path, size):
+    """A vocabulary of `size` ids: {symbol: id}, {pair: rank}. With BYTES ids, no file is read."""
+    pairs = []
+    if size > BYTES:
+        lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")
+        pairs = [tuple(line.split()) for line in lines[1:1 + size - BYTES]]  # line 0 is a header
+    symbols = list(byte_symbols().values())
+    symbols += [symbol + "</w>" for symbol in symbols]
+    symbols += ["".join(pair) for pair in pairs]
+    symbols += [START, END]
+    if len(symbols) != size or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"{path}: not the BPE merges of a vocabulary of {size}; "
+                         f"get the file from {MERGES_URL}")
+    ids = {symbol: i for i, symbol in enumerate(symbols)}
+    ranks = {pair: rank for rank, pair in enumerate(pairs)}
+    return ids, ranks
+
+
+def join_pair(parts, pair):
+    """The symbols with every occurrence of the adjacent pair joined to one symbol."""
+    joined, i = [], 0
+    while i < len(parts):
+        step = 2 if tuple(parts[i:i + 2]) == pair else 1
+        joined.append("".join(parts[i:i + step]))
+        i += step
+    return joined
+
+
+def byte_pair_encode(word, ranks):
+    """Splits a word into symbols: starts from bytes and joins the pair of lowest rank until none is
+    left."""
+    parts = [byte_symbols()[byte] for byte in word.encode()]
+    parts[-1] += "</w>"
+    while len(parts) > 1:
+        best = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair, math.inf))
+        if best not in ranks:
+            break
+        parts = join_pair(parts, best)
+    return parts
+
+
+def clean_text(text):
+    """Text as OpenAI cleans it before the words are split: white space collapsed, lower case."""
+    text = html.unescape(html.unescape(CONTROL.sub("", text))).strip()
+    return re.sub(f"[{SPACE}]+", " ", text).strip().lower()
+
+
+def no_string(texts):
+    """Returns the texts. Raises ValueError if one string is given in place of a list of them."""
+    if isinstance(texts, str):
+        raise ValueError(f"texts must be a list of strings; got the string {texts!r:.100}")
+    return texts
+
+
+def tokenize(texts, length=77, merges=None, vocabulary=49408):
+    """C strings -> (C,length) int64: start token, byte-pair ids, end token, zeros.
+
+    `merges` is the path of bpe_simple_vocab_16e6.txt.gz (default: the cache folder, downloaded
+    once). Raises ValueError if a text needs more than `length` tokens.
+    """
+    if len(no_string(texts)) == 0:
+        raise ValueError("there are no texts (class names) to tokenize")
+    if merges is None and vocabulary > BYTES:
+        merges = cached(MERGES_URL, MERGES_SHA256)
+    ids, ranks = read_vocabulary(merges, vocabulary)
+    tokens = torch.zeros(len(texts), length, dtype=torch.int64)
+    for row, text in zip(tokens, texts):
+        parts = [START]
+        for word in WORD.findall(clean_text(text)):
+            parts += [word] if word in (START, END) else byte_pair_encode(word, ranks)
+        parts.append(END)
+        if len(parts) > length:
+            raise ValueError(f"text of {len(parts)} tokens does not fit in {length}: "
+                             f"{text!r:.100}; shorten it, or in TC-CLIP's training raise text_length")
+        row[:len(parts)] = torch.tensor([ids[part] for part in parts])
+    return tokens
+
+
+# ---- towers --------------------------------------------------------------------------------------
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the GELU approximation that CLIP was trained with."""
+    """x * sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
 
     def forward(self, x):
-        # as silu(1.702 x) / 1.702, silu(z) = z sigmoid(z): a third faster, half as much kept for the backward pass, and
-        # without one computed in place, twice as fast again
+        # x sigmoid(1.702 x) = silu(1.702 x) / 1.702. A third faster and stores half as much for
+        # backward; without gradients it runs in place, twice as fast again.
         return F.silu(1.702 * x, inplace=not torch.is_grad_enabled()).div_(1.702)
 
 
-class Attention(nn.Module):
-    """Multi-head attention, softmax(q k^T / sqrt(d)) v, under the parameter names of nn.MultiheadAttention; in steps,
-    because the video methods put other keys and values in between."""
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; most others', by erf
 
-    def __init__(self, width):
+
+class Attention(nn.Module):
+    """Multi-head attention, softmax(q k^T / sqrt(d)) v; parameters as in nn.MultiheadAttention.
+
+    It comes in steps, because the video methods put further keys and values in between. Raises
+    ValueError if the width D is not a multiple of the head width d.
+    """
+
+    def __init__(self, width, head_width=HEAD_WIDTH):
         super().__init__()
-        self.heads = width // HEAD_WIDTH
+        if width % head_width:
+            raise ValueError(f"widths must be multiples of the head width: {width} is not one of "
+                             f"{head_width}; set head_width")
+        self.heads, self.head_width = width // head_width, head_width
         self.in_proj_weight = nn.Parameter(torch.zeros(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -85,7 +205,8 @@ class Attention(nn.Module):
         return self.split(k), self.split(v)
 
     def split(self, x):
-        return x.unflatten(-1, (self.heads, HEAD_WIDTH)).transpose(-2, -3)  # (..., H, n, d)
+        """(..., n, D) -> (..., H, n, d)."""
+        return x.unflatten(-1, (self.heads, self.head_width)).transpose(-2, -3)
 
     def project_out(self, heads):
         """(..., H, n, d) -> (..., n, D)."""
@@ -93,90 +214,126 @@ class Attention(nn.Module):
 
     def forward(self, x_q, x_kv, causal=False):
         """Queries from x_q (..., n, D), keys and values from x_kv (..., m, D) -> (..., n, D)."""
+        q = self.queries(x_q)
         k, v = self.keys_values(x_kv)
-        return self.project_out(F.scaled_dot_product_attention(self.queries(x_q), k, v, is_causal=causal))
+        return self.project_out(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + Attn(LN_1 x, LN_1 [x; extra]), then x + MLP(LN_2 x)."""
+    """Pre-norm transformer block: x + Attn(LN_1 x, LN_1 [x; extra]), then x + MLP(LN_2 x).
 
-    def __init__(self, width):
+    The MLP is 4 D wide unless `mlp_width` says otherwise; `activation` is quick_gelu or gelu.
+    """
+
+    def __init__(self, width, mlp_width=None, head_width=HEAD_WIDTH, activation="quick_gelu",
+                 eps=1e-5):
         super().__init__()
+        mlp_width = mlp_width or 4 * width
         self.checkpointing = False
-        self.attn = Attention(width)
-        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, head_width)
+        self.ln_1 = nn.LayerNorm(width, eps)
         self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
-        self.ln_2 = nn.LayerNorm(width)
+            c_fc=nn.Linear(width, mlp_width),
+            gelu=ACTIVATIONS[activation](),
+            c_proj=nn.Linear(mlp_width, width)))
+        self.ln_2 = nn.LayerNorm(width, eps)
 
     def forward(self, x, causal=False, rows=slice(None), extra=None):
-        """x (..., n, D) -> its `rows`, exactly; no others are computed. `extra` (..., m, D) are keys and values."""
+        """x (..., n, D) -> the given rows of the block's output; no other rows are computed.
+
+        `extra` (..., m, D) are further keys and values. A causal block needs rows from 0 and no
+        extra: its mask counts queries and keys from the same position.
+        """
+        assert not causal or (rows.start in (None, 0) and rows.step is None and extra is None)
         return self.run(self.compute, x, causal, rows, extra)
 
     def run(self, work, *inputs):
-        """work(*inputs), this block's part of a model. With `checkpointing`, training keeps the inputs alone and computes
-        what else the gradient needs once more in the backward pass."""
+        """work(*inputs), which is this block's part of a model. While `checkpointing`, training
+        stores only the inputs and recomputes the rest in backward."""
         if self.checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(work, *inputs, use_reentrant=False)
         return work(*inputs)
 
     def compute(self, x, causal, rows, extra):
-        y = self.ln_1(x)
-        y_kv = y if extra is None else torch.cat([y, self.ln_1(extra)], dim=-2)  # (..., n+m, D)
+        y = y_kv = self.ln_1(x)  # (..., n, D)
+        if extra is not None:
+            y_kv = torch.cat([y, self.ln_1(extra)], dim=-2)  # (..., n+m, D)
         x = x[..., rows, :] + self.attn(y[..., rows, :], y_kv, causal)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; exists for the sake of OpenAI's key names, `transformer.resblocks.{i}`."""
+    """A list of blocks. It exists for OpenAI's key names, `transformer.resblocks.{i}`."""
 
-    def __init__(self, width, layers):
+    def __init__(self, blocks):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.resblocks = nn.ModuleList(blocks)
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's image tower."""
+    """An image tower around a list of blocks: CLIP's, or that of an image classifier.
 
-    def __init__(self, resolution, patch, width, layers, embed):
+    A classifier's tower has a bias in its patch convolution (`patch_bias`), no norm before the
+    blocks (`pre_norm`) and no joint space (`embed` is None): its features have the width E = D.
+    """
+
+    def __init__(self, resolution, patch, width, embed, blocks, patch_bias=False, pre_norm=True,
+                 eps=1e-5):
         super().__init__()
-        self.resolution = resolution
-        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.resolution, self.grid = resolution, resolution // patch
+        self.width, self.embed = width, embed or width
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=patch_bias)
         self.class_embedding = nn.Parameter(torch.zeros(width))
-        self.positional_embedding = nn.Parameter(torch.zeros((resolution // patch) ** 2 + 1, width))
-        self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers)
-        self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(torch.zeros(width, embed))
+        self.positional_embedding = nn.Parameter(torch.zeros(self.grid ** 2 + 1, width))
+        self.ln_pre = nn.LayerNorm(width, eps) if pre_norm else nn.Identity()
+        self.transformer = Transformer(blocks)
+        self.ln_post = nn.LayerNorm(width, eps)
+        self.proj = nn.Parameter(torch.zeros(width, embed)) if embed else None
 
     def tokens(self, images):
-        """Class token and patches, without positions yet: (B,3,R,R) -> (B,N,D)."""
+        """(B,3,R,R) -> class token and patches, without positions: (B,N,D)."""
         if images.shape[-2:] != (self.resolution, self.resolution):
-            raise ValueError(f"images are {tuple(images.shape[-2:])} pixels; these weights need {self.resolution}")
+            raise ValueError(f"images are {tuple(images.shape[-2:])} pixels; "
+                             f"these weights need {self.resolution}")
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B,P,D)
-        return torch.cat([self.class_embedding.expand(len(images), 1, -1), patches], dim=1)
+        class_token = self.class_embedding.expand(images.shape[0], 1, -1)  # (B,1,D)
+        return torch.cat([class_token, patches], dim=1)
+
+    def project(self, x):
+        """Rows after the last block (..., D) -> features (..., E): the last norm, then `proj`."""
+        x = self.ln_post(x)
+        return x if self.proj is None else x @ self.proj
 
     def forward(self, images):
-        """(B,3,R,R) -> (B,E). The last block computes the class row alone: no other row is used after it."""
+        """(B,3,R,R) -> (B,E). The last block computes only the class row: no other is used."""
         x = self.ln_pre(self.tokens(images) + self.positional_embedding)  # (B,N,D)
         *blocks, last = self.transformer.resblocks
         for block in blocks:
             x = block(x)
-        x = last(x, rows=slice(0, 1))[:, 0]  # (B,D)
-        return self.ln_post(x) @ self.proj
+        x = last(x, rows=slice(0, 1))  # (B,1,D)
+        return self.project(x[:, 0])
 
 
 class CLIP(nn.Module):
-    """Both towers. Build it with `load_clip`, which reads the sizes off the weights."""
+    """Both towers. `load_clip` builds it and reads the sizes off the weights.
 
-    def __init__(self, *, embed, resolution, patch, vision_width, vision_layers, context, vocabulary, text_width,
-                 text_layers):
+    No tensor tells `activation` (quick_gelu or gelu, in both towers), `head_width` (of the image
+    tower) and `text_head_width`. An MLP is 4 D wide if its width is not given.
+    """
+
+    def __init__(self, *, embed, resolution, patch, vision_width, vision_layers, text_length,
+                 vocabulary, text_width, text_layers, vision_mlp_width=None, text_mlp_width=None,
+                 activation="quick_gelu", head_width=HEAD_WIDTH, text_head_width=HEAD_WIDTH):
         super().__init__()
         self.merges = None  # path of the BPE merges; None: OpenAI's file in the cache folder
-        self.visual = VisionTransformer(resolution, patch, vision_width, vision_layers, embed)
-        self.transformer = Transformer(text_width, text_layers)
+        vision_blocks = [Block(vision_width, vision_mlp_width, head_width, activation)
+                         for _ in range(vision_layers)]
+        text_blocks = [Block(text_width, text_mlp_width, text_head_width, activation)
+                       for _ in range(text_layers)]
+        self.visual = VisionTransformer(resolution, patch, vision_width, embed, vision_blocks)
+        self.transformer = Transformer(text_blocks)
         self.token_embedding = nn.Embedding(vocabulary, text_width)
-        self.positional_embedding = nn.Parameter(torch.zeros(context, text_width))
+        self.positional_embedding = nn.Parameter(torch.zeros(text_length, text_width))
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(torch.zeros(text_width, embed))
         self.logit_scale = nn.Parameter(torch.zeros(()))
@@ -186,25 +343,32 @@ class CLIP(nn.Module):
         return self.visual(images)
 
     def encode_text(self, tokens):
-        """Token ids (C,L) -> features (C,E), not normalised; read at the end token, which has the largest id."""
+        """Token ids (C,L) -> features (C,E), not normalised.
+
+        The feature is read at the end token, which has the largest id.
+        """
         end = tokens.argmax(dim=-1)  # (C,)
-        tokens = tokens[:, :int(end.max()) + 1]  # causal: nothing behind the longest end can matter [ours, exact]
+        tokens = tokens[:, :int(end.max()) + 1]  # causal: what follows has no effect [ours, exact]
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]  # (C,L,D)
         for block in self.transformer.resblocks:
             x = block(x, causal=True)
-        return self.ln_final(x[torch.arange(len(x), device=x.device), end]) @ self.text_projection
+        x = x[torch.arange(len(x), device=x.device), end]  # (C,D)
+        return self.ln_final(x) @ self.text_projection
 
     def tokenize(self, texts, length=None):
-        """C strings -> (C,length) int64 on the weights' device, in this model's own vocabulary."""
+        """C strings -> (C,length) int64 in this model's vocabulary, on its weights' device."""
         length = length or len(self.positional_embedding)
         ids = tokenize(texts, length, self.merges, self.token_embedding.num_embeddings)
         return ids.to(self.positional_embedding.device)
 
 
-# ---- what the video models share, and frame pooling ------------------------------------------------------------------
+# ---- what the video models share -----------------------------------------------------------------
 
 def split_capitals(name):
-    """[released] A space before every capital A-Z, runs of spaces collapsed: "ApplyEyeMakeup" -> "Apply Eye Makeup"."""
+    """[released] A space before every capital A-Z, then runs of spaces become one.
+
+    "ApplyEyeMakeup" -> "Apply Eye Makeup".
+    """
     return re.sub(" +", " ", re.sub("([A-Z])", r" \1", name)).strip()
 
 
@@ -213,17 +377,23 @@ def cosine_logits(video, text, logit_scale):
     video, text = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
     if text.dim() == 2:
         return logit_scale.exp() * video @ text.T
-    return logit_scale.exp() * (text @ video.unsqueeze(-1)).squeeze(-1)  # each video has its own text
+    return logit_scale.exp() * (text @ video.unsqueeze(-1)).squeeze(-1)  # a text for each video
 
 
 def autocast_state():
-    """Under which autocast things are computed now; what is kept from one must not be used under another."""
-    return [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cuda", "cpu")]
+    """The current autocast dtypes, False if off; part of the cache key."""
+    return [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+            for kind in ("cuda", "cpu")]
 
 
 class TextCache(nn.Module):
-    """Keeps what the text tower computed for a class set, for as long as no weight can have changed. A module, because
-    then train(), load_state_dict() and moves of device or dtype reach it by themselves."""
+    """Keeps what the text tower computed for a class set, as long as no weight has changed.
+
+    It computes anew in training and while gradients are on: whoever fine-tunes in eval mode gets
+    gradients for the text too. Being a module, it notices train(), load_state_dict() and moves of
+    device or dtype. It cannot notice weights that are changed in place while gradients are off
+    (`parameter.data.copy_()`, an optimiser's step between two evaluations): call drop() after that.
+    """
 
     def __init__(self, clip):
         super().__init__()
@@ -232,6 +402,7 @@ class TextCache(nn.Module):
             module.register_load_state_dict_pre_hook(self.drop)
 
     def drop(self, *_):
+        """Forgets the kept value."""
         self.value = None
 
     def keep(self, value):
@@ -245,129 +416,60 @@ class TextCache(nn.Module):
         self.drop()
         return super()._apply(fn, recurse)
 
-    @torch.compiler.disable  # what keeps a value between calls, and cuts texts to length, is nothing for a graph
-    def forward(self, compute, changing):
-        """compute() while weights are `changing`, as in training; else what its first call gave, without gradient."""
-        if changing:
+    @torch.compiler.disable  # a graph cannot keep a value between calls or cut texts to length
+    def forward(self, compute, frozen=False):
+        """compute(), or what it gave before. `frozen`: no text weight trains, so keep it always."""
+        if not frozen and (self.training or torch.is_grad_enabled()):
+            self.drop()  # the weights are likely to change now
             return compute()
         if self.value is None or self.made_under != autocast_state():
-            with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, usable under autograd too
+            with torch.inference_mode(False), torch.no_grad():  # a tensor that autograd may use
                 self.keep(compute())
         return self.value
 
 
+# ---- frame pooling -------------------------------------------------------------------------------
+
 @dataclass(frozen=True)
 class PoolConfig:
-    """What frame pooling leaves open."""
+    """The setting of frame pooling."""
 
-    prompt: str = "a photo of a"  # stands before the class name
+    prompt: str = "a photo of a"  # the words before the class name
 
 
 class FramePool(nn.Module):
-    """ViFi-CLIP: frame features are averaged over time, then compared with "a photo of a {name}."; blind to order."""
+    """ViFi-CLIP (Rasheed et al. 2023): the frames' features are averaged over time and compared
+    with the text "a photo of a {name}.". It cannot see the order of frames."""
 
     def __init__(self, clip, config=PoolConfig()):
         super().__init__()
         self.clip, self.config = clip, config
         self.text_cache = TextCache(clip)
         self.register_buffer("tokens", None, persistent=False)
-        clip.token_embedding.requires_grad_(False)  # [released] the one CLIP tensor that is not trained
+        clip.token_embedding.requires_grad_(False)  # [released] the only CLIP tensor not trained
 
     def set_classes(self, names):
-        """Class names as in the dataset's files; underscores stay [released]."""
-        names = map(split_capitals, no_string(names))
-        self.tokens = self.clip.tokenize([f"{self.config.prompt} {name}." for name in names])  # (C,L)
+        """Sets the classes. Names are as in the dataset's files; underscores stay [released]."""
+        names = [split_capitals(name) for name in no_string(names)]
+        self.tokens = self.clip.tokenize([f"{self.config.prompt} {name}." for name in names])
         self.text_cache.drop()
 
     def encode_video(self, video):
-        """Normalised video (B,T,3,R,R) -> its feature (B,E), the mean of its frames'; not normalised."""
-        return self.clip.encode_image(video.flatten(0, 1)).unflatten(0, video.shape[:2]).mean(dim=1)
+        """Normalised video (B,T,3,R,R) -> its frames' mean feature (B,E), not normalised."""
+        frames = self.clip.encode_image(video.flatten(0, 1))  # (B*T,E)
+        return frames.unflatten(0, video.shape[:2]).mean(dim=1)
+
+    def class_text(self):
+        """Features of the classes' texts (C,E), not normalised."""
+        return self.clip.encode_text(self.tokens)
 
     def forward(self, video):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
         if self.tokens is None:
             raise ValueError("no classes yet: call set_classes(names) first")
-        text = self.text_cache(lambda: self.clip.encode_text(self.tokens), changing=self.training)  # (C,E)
+        text = self.text_cache(self.class_text)  # (C,E)
         logits = cosine_logits(self.encode_video(video), text, self.clip.logit_scale)
         return logits, logits.new_zeros(())
-
-
-# ---- the tokenizer ---------------------------------------------------------------------------------------------------
-
-# OpenAI's pattern in the standard library's `re`: contractions, runs of letters, single digits, runs of anything else.
-# The white space is Unicode's, spelled out: Python's \s also holds U+001C-1F, which must count as punctuation.
-SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-CONTROL = re.compile(r"\x1b\[[\d;]*[a-zA-Z]|[\x00-\x08\x0b\x0e-\x1f\x7f]")  # what ftfy, which OpenAI uses, removes of ASCII
-WORD = re.compile(rf"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^{SPACE}\w]|_)+")
-
-
-@lru_cache
-def byte_symbols():
-    """The printable character that stands for each of the 256 bytes, in the order of the vocabulary's first 256 ids."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
-
-
-@lru_cache
-def read_vocabulary(path, size):
-    """Symbols and merges of a vocabulary of `size` ids: {symbol: id}, {pair: rank}. Without merges, BYTES ids."""
-    symbols = list(byte_symbols().values())
-    lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n") if size > BYTES else []
-    merges = [tuple(line.split()) for line in lines[1:1 + size - BYTES]]  # line 0 is a header
-    symbols += [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
-    symbols += ["<|startoftext|>", "<|endoftext|>"]
-    if len(symbols) != size or any(len(pair) != 2 for pair in merges):
-        raise ValueError(f"{path}: no BPE merges for a vocabulary of {size}; get the file from {MERGES_URL}")
-    return {s: i for i, s in enumerate(symbols)}, {pair: rank for rank, pair in enumerate(merges)}
-
-
-def byte_pair_encode(word, ranks):
-    """Splits one word into symbols by joining, again and again, the adjacent pair of lowest rank."""
-    parts = [byte_symbols()[byte] for byte in word.encode()]
-    parts[-1] += "</w>"
-    while len(parts) > 1:
-        best = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair, math.inf))
-        if best not in ranks:
-            break
-        joined, i = [], 0
-        while i < len(parts):
-            step = 2 if tuple(parts[i:i + 2]) == best else 1
-            joined.append("".join(parts[i:i + step]))
-            i += step
-        parts = joined
-    return parts
-
-
-def no_string(texts):
-    """The texts themselves. Raises ValueError where one string stands in for a list of them."""
-    if isinstance(texts, str):
-        raise ValueError(f"texts must be a list of strings; got the string {texts!r}")
-    return texts
-
-
-def tokenize(texts, length=77, merges=None, vocabulary=49408):
-    """C strings -> (C,length) int64: start token, byte-pair ids, end token, zeros.
-
-    `merges` is the path of bpe_simple_vocab_16e6.txt.gz (default: the cache folder, downloaded once). Raises
-    ValueError where a text needs more than `length` tokens.
-    """
-    if not len(no_string(texts)):
-        raise ValueError("there are no texts (class names) to tokenize")
-    path = merges or (cached(MERGES_URL, MERGES_SHA256) if vocabulary > BYTES else None)
-    ids, ranks = read_vocabulary(path, vocabulary)
-    tokens = torch.zeros(len(texts), length, dtype=torch.int64)
-    for row, text in zip(tokens, texts):
-        clean = html.unescape(html.unescape(CONTROL.sub("", text))).strip()
-        clean = re.sub(f"[{SPACE}]+", " ", clean).strip().lower()
-        parts = [p for word in WORD.findall(clean) for p in ([word] if word in ids and word.startswith("<|")
-                                                             else byte_pair_encode(word, ranks))]
-        line = [ids[part] for part in ["<|startoftext|>", *parts, "<|endoftext|>"]]
-        if len(line) > length:
-            raise ValueError(f"text of {len(line)} tokens does not fit in {length}: {text!r}; shorten it, or in "
-                             "TC-CLIP's training raise text_length")
-        row[:len(line)] = torch.tensor(line)
-    return tokens
 
 
 # ---- weights from disk, nothing of which is ever executed ------------------------------------------------------------
@@ -527,7 +629,7 @@ def sizes_of(state):
     if vision_width % HEAD_WIDTH or text_width % HEAD_WIDTH:
         raise ValueError(f"widths {vision_width} and {text_width} must be multiples of the head width {HEAD_WIDTH}")
     return dict(embed=embed, resolution=grid * patch, patch=patch, vision_width=vision_width,
-                vision_layers=layers["visual.transformer.resblocks."], context=state["positional_embedding"].shape[0],
+                vision_layers=layers["visual.transformer.resblocks."], text_length=state["positional_embedding"].shape[0],
                 vocabulary=state["token_embedding.weight"].shape[0], text_width=text_width,
                 text_layers=layers["transformer.resblocks."])
 

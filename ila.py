@@ -387,9 +387,9 @@ class ILA(nn.Module):
         """Class embeddings (C,E), not normalised; kept in training too, unless the text tower is made to train."""
         if self.tokens is None:
             raise ValueError("no classes yet: call set_classes(names) first")
-        changing = self.training and any(p.requires_grad for n, p in self.clip.named_parameters()
-                                         if not n.startswith("visual.") and n != "logit_scale")
-        return self.text_cache(lambda: self.clip.encode_text(self.tokens), changing)
+        trains = any(p.requires_grad for n, p in self.clip.named_parameters()
+                     if not n.startswith("visual.") and n != "logit_scale")
+        return self.text_cache(lambda: self.clip.encode_text(self.tokens), frozen=not trains)
 
     def encode(self, video):
         """(B,T,3,R,R) -> last block's rows (B,T,N,D), weighted alignment loss, points (B,T-1,2,2) per aligned block."""

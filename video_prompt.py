@@ -138,10 +138,10 @@ class TCCLIP(nn.Module):
         """Text features prompted by each video's context {block: (B,k,E)} -> (B,C,E); (C,E) without prompting."""
         blocks, last = self.clip.transformer.resblocks, len(self.clip.transformer.resblocks) - 1
         if set(self.levels) == {last}:  # the paper's: of the last block only what is new
-            side = self.text_cache(self.class_side, changing=self.training)
+            side = self.text_cache(self.class_side)
             x = blocks[last].run(self.last_block, *side, contexts[self.levels[last]])  # (B,C,W)
         else:
-            x = self.text_cache(self.shared_blocks, changing=self.training)  # (C,L,W)
+            x = self.text_cache(self.shared_blocks)  # (C,L,W)
             if self.levels:
                 x = self.prompted_blocks(x, contexts)  # (B,C,L,W)
             x = x[..., torch.arange(len(self.end), device=x.device), self.end, :]  # (...,C,W)

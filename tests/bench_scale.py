@@ -30,7 +30,7 @@ import train  # noqa: E402
 from clip_vit import Block, read_checkpoint  # noqa: E402
 
 B16 = dict(resolution=224, patch=16, vision_width=768, vision_layers=12, text_width=512, text_layers=12, embed=512,
-           context=77)
+           text_length=77)
 SETTINGS = {"tc": {"prompt": "a pic"}, "ila": {}, "vifi": {"prompt": "a pic"}}
 
 

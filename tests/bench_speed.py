@@ -28,7 +28,7 @@ from eval import Parser, autocast, build_model, check_flags, run_command  # noqa
 
 ARCHITECTURES = {  # what CLIP(...) needs, for random weights: no download; see clip_vit.sizes_of
     name: dict(resolution=side, patch=patch, vision_width=width, vision_layers=layers, text_width=text, text_layers=12,
-               embed=text, context=77, vocabulary=514)
+               embed=text, text_length=77, vocabulary=514)
     for name, side, patch, width, layers, text in (
         ("ViT-B/32", 224, 32, 768, 12, 512), ("ViT-B/16", 224, 16, 768, 12, 512), ("ViT-L/14", 224, 14, 1024, 24, 768),
         ("ViT-L/14@336px", 336, 14, 1024, 24, 768))}

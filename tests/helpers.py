@@ -17,7 +17,7 @@ def tiny_clip(dtype=torch.float32, resolution=32, patch=8, vision_width=128, vis
     """A CLIP of the miniature's size with random weights, scaled so that attention is neither flat nor saturated."""
     with torch.device("meta"):
         shapes = CLIP(embed=embed, resolution=resolution, patch=patch, vision_width=vision_width,
-                      vision_layers=vision_layers, context=context, vocabulary=vocabulary, text_width=text_width,
+                      vision_layers=vision_layers, text_length=context, vocabulary=vocabulary, text_width=text_width,
                       text_layers=text_layers).state_dict()
     rng = torch.Generator().manual_seed(seed)
     state = {}

@@ -21,7 +21,7 @@ import clip_vit
 from clip_vit import FramePool, PoolConfig, cached, load_clip, read_checkpoint, split_capitals, tokenize
 
 
-# ---- towers ----------------------------------------------------------------------------------------------------------
+# ---- towers --------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def test_towers_equal_pytorchs_own_transformer():
@@ -62,6 +62,65 @@ def test_frame_pooling_is_the_mean_of_the_frames_and_blind_to_their_order():
     expected = model.clip.logit_scale.exp() * nn.functional.normalize(features) @ nn.functional.normalize(text).T
     torch.testing.assert_close(model(video)[0], expected, rtol=0, atol=1e-11)
     torch.testing.assert_close(model(video.flip(1))[0], expected, rtol=0, atol=1e-11)
+
+
+def test_towers_take_activation_head_width_and_mlp_width():
+    """Each argument changes the tower it is for, as nn.MultiheadAttention and F.gelu say."""
+    block = clip_vit.Block(160, mlp_width=96, head_width=80, activation="gelu", eps=1e-3).double()
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.1)
+    mha = nn.MultiheadAttention(160, 2, batch_first=True, dtype=torch.float64)
+    mha.load_state_dict(block.attn.state_dict())
+    x = torch.randn(3, 5, 160, dtype=torch.float64)
+    y = nn.functional.layer_norm(x, (160,), block.ln_1.weight, block.ln_1.bias, 1e-3)
+    want = x + mha(y, y, y, need_weights=False)[0]
+    y = nn.functional.layer_norm(want, (160,), block.ln_2.weight, block.ln_2.bias, 1e-3)
+    y = block.mlp.c_fc(y)
+    assert y.shape == (3, 5, 96)
+    want = want + block.mlp.c_proj(y * (1 + torch.erf(y / 2 ** 0.5)) / 2)
+    torch.testing.assert_close(block(x), want, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="multiples of the head width: 160 .* 64"):
+        clip_vit.Attention(160)
+
+
+def test_a_causal_block_takes_only_rows_from_the_first():
+    block, x = clip_vit.Block(64), torch.randn(1, 6, 64)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.2)
+    assert torch.allclose(block(x, causal=True, rows=slice(0, 4)), block(x, causal=True)[:, :4], atol=1e-6)
+    for wrong in (dict(rows=slice(1, 4)), dict(rows=slice(0, 4, 2)), dict(extra=x)):
+        with pytest.raises(AssertionError):
+            block(x, causal=True, **wrong)
+
+
+def test_the_text_is_kept_only_while_no_weight_can_change():
+    model, calls = FramePool(tiny_clip(), PoolConfig("a pic")), []
+    model.set_classes(["red", "blue"])
+    compute = model.clip.encode_text
+    model.clip.encode_text = lambda tokens: calls.append(1) or compute(tokens)
+    video = torch.randn(1, 2, 3, 32, 32)
+
+    def computed(call):
+        calls.clear()
+        call()
+        return len(calls)
+
+    with torch.no_grad():
+        assert computed(lambda: model.train()(video)) == computed(lambda: model(video)) == 1
+        assert computed(lambda: model.eval()(video)) == 1 and computed(lambda: model(video)) == 0
+        before = model(video)[0]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(video)[0][0, 0].backward()  # fine-tuning in eval mode: the text trains too
+    assert model.clip.text_projection.grad.abs().sum() > 0
+    optimizer.step()
+    with torch.no_grad():
+        text = model.clip.encode_text(model.tokens)
+        after, fresh = model(video)[0], clip_vit.cosine_logits(model.encode_video(video), text, model.clip.logit_scale)
+        assert torch.equal(after, fresh) and not torch.equal(after, before)
+        model.clip.text_projection.data.mul_(torch.randn_like(model.clip.text_projection))
+        assert torch.equal(model(video)[0], after)  # as documented: nobody told it
+        model.text_cache.drop()
+        assert not torch.equal(model(video)[0], after)
 
 
 def test_wrong_resolution_is_named():

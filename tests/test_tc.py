@@ -219,6 +219,7 @@ def test_stop_gradient_really_stops(stop):
     assert float(model.prompt_layers[0].attn.in_proj_weight.grad.abs().sum()) > 0
 
 
+@torch.no_grad()
 def test_text_is_computed_once_in_eval_and_every_time_in_training():
     model, video, calls = make(), clips(), []
     model.clip.transformer.resblocks[0].register_forward_hook(lambda *_: calls.append(1))
