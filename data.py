@@ -1,6 +1,10 @@
-"""From video files to batches: which frames are looked at, reading them, augmentation, mixing.
+"""From video files on a disk to batches for a model, and the miniature world of the tests.
 
-Letters: B videos, T frames, V views, R side in pixels, C classes. Frames are uint8 RGB, channels first.
+Sections: which frames; reading videos; augmentation; mixing; annotations; protocols; processes;
+loaders; the miniature world.
+
+Letters: B videos, T frames, V views, R side in pixels, C classes. Frames are uint8 RGB, channels
+first, unless said otherwise.
 """
 import csv
 import fnmatch
@@ -30,51 +34,70 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-MAX_PIXELS = 8192 * 4320  # [ours] an 8K cinema frame, the largest in use: decoded and converted it takes about 0.3 GB
-MAX_ASPECT = 32  # [ours] long side / short side: 2x30000 pixels are few only until the short side is scaled up
-SCALES = (1, 0.875, 0.75, 0.66)  # [released] multi-scale crop
-JITTER = (0.4, 0.4, 0.2, 0.1)  # [ours] brightness, contrast, saturation: factors 1 +- this; hue: +- this part of a turn
-LUMA = (0.299, 0.587, 0.114)  # brightness of R, G, B [ITU-R BT.601]
-
-
-class VideoError(ValueError):
-    """A video that cannot be read; the message is "<path>: <reason>"."""
+# ---- which frames --------------------------------------------------------------------------------
 
 
 def frame_indices(total, frames, train=False, rng=None):
     """TSN positions: one frame in each of `frames` equal segments of a video of `total` frames.
 
-    The middle of a segment, or with `train` a frame of it drawn from the numpy Generator `rng` (None: a fresh one)
-    -> (frames,) int64 in [0, total), repeating where total < frames. ValueError if either is below 1.
+    Testing takes the middle of each segment. Training draws from segments of total // frames frames
+    with the numpy Generator `rng` (None: a fresh one), so the last total % frames are never drawn
+    [released]. Returns (frames,) int64 in [0, total), with repeats if total < frames.
+    Raises ValueError if either is below 1.
     """
-    if total < 1 or frames < 1:
-        raise ValueError(f"cannot take {frames} frames from a video of {total}: both must be at least 1")
+    check_counts(total, frames)
     i = np.arange(frames)
     if not train:
         return (2 * i + 1) * total // (2 * frames)
-    if total >= frames:
-        rng = rng or np.random.default_rng()
-        return i * (total // frames) + rng.integers(total // frames, size=frames)
-    return np.rint(i * total / frames).astype(np.int64) % total  # [released] too short to draw; the end wraps to 0
+    if total < frames:  # [released] too short to draw from; the end wraps to 0
+        return np.rint(i * total / frames).astype(np.int64) % total
+    length = total // frames
+    rng = rng or np.random.default_rng()
+    return i * length + rng.integers(length, size=frames)
 
 
 def uniform_indices(total, frames, train=False, rng=None):
-    """As `frame_indices`, by ILA's sampling on SSv2: segment i is [round(s i), round(s (i+1))], s = (total-1) / frames;
-    its middle, or with `train` any frame from end to end."""
-    if total < 1 or frames < 1:
-        raise ValueError(f"cannot take {frames} frames from a video of {total}: both must be at least 1")
+    """ILA's positions on SSv2, with the arguments and results of `frame_indices`.
+
+    Segment i is [round(s i), round(s (i+1))] with s = (total - 1) / frames. Testing takes its
+    middle, training any frame of it, both ends included.
+    """
+    check_counts(total, frames)
     edges = np.rint(np.arange(frames + 1) * (total - 1) / frames).astype(np.int64)
-    low, high = edges[:-1], edges[1:]
-    return (rng or np.random.default_rng()).integers(low, high, endpoint=True) if train else (low + high) // 2
+    first, last = edges[:-1], edges[1:]
+    if not train:
+        return (first + last) // 2
+    rng = rng or np.random.default_rng()
+    return rng.integers(first, last, endpoint=True)
+
+
+def check_counts(total, frames):
+    """Raise ValueError unless there is something to sample, and something to sample from."""
+    if total < 1 or frames < 1:
+        raise ValueError(f"cannot take {frames} frames from a video of {total}: "
+                         "both must be at least 1")
 
 
 SAMPLERS = {"tsn": frame_indices, "uniform": uniform_indices}
 
 
 def view_indices(total, frames, clips, indices=frame_indices):
-    """[ours] (clips, frames) positions: clip c takes frame floor((i + (2c+1) / (2 clips)) total / frames) of segment i,
-    offsets that are equally spaced and the same at every evaluation."""
+    """[ours] (clips, frames) positions: each of `frames` segments gives one frame to every clip.
+
+    The clips' offsets within a segment are equally spaced and the same at every evaluation. For TSN,
+    clip c takes frame floor((i + (2c+1) / (2 clips)) total / frames) of segment i.
+    """
     return indices(total, frames * clips).reshape(frames, clips).T
+
+
+# ---- reading videos ------------------------------------------------------------------------------
+
+MAX_PIXELS = 8192 * 4320  # [ours] 8K cinema, the largest frame in use; decoding one takes 0.3 GB
+MAX_ASPECT = 32  # [ours] long side / short side; narrower frames grow too large when resized
+
+
+class VideoError(ValueError):
+    """A video that cannot be read; the message is "<path>: <reason>"."""
 
 
 def read_frames(path, pick, short_side, max_pixels=MAX_PIXELS):
@@ -85,14 +108,14 @@ def read_frames(path, pick, short_side, max_pixels=MAX_PIXELS):
     Returns uint8 (..., 3, h, w), all of the first one's size. The compressed file is held in memory meanwhile.
     VideoError: file absent or unreadable, no video stream, no frame that decodes, frames above `max_pixels` pixels.
     """
-    frames, total = _read_pass(path, pick, short_side, max_pixels, None)
+    frames, total = read_pass(path, pick, short_side, max_pixels, None)
     while frames is None:  # a third pass at most: the second has counted
-        frames, total = _read_pass(path, pick, short_side, max_pixels, total)
+        frames, total = read_pass(path, pick, short_side, max_pixels, total)
     return frames
 
 
 @contextmanager
-def _opened(path, max_pixels):
+def open_video(path, max_pixels):
     """An open (container, video stream, its codec); whatever goes wrong with them becomes a VideoError."""
     try:
         if not os.path.isfile(path):  # a pipe or a device might block for ever
@@ -112,32 +135,33 @@ def _opened(path, max_pixels):
         raise VideoError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _read_pass(path, pick, short_side, max_pixels, total):
+def read_pass(path, pick, short_side, max_pixels, total):
     """One pass over a file -> (frames, total), or (None, a better total). `total`: what the pass before has counted,
     None in the first, which believes in one frame per packet."""
-    with _opened(path, max_pixels) as (container, stream, codec):
+    with open_video(path, max_pixels) as (container, stream, codec):
         packets = [packet for packet in container.demux(stream) if packet.size]
         stamps = [packet.pts for packet in packets if not packet.is_discard]
         believed = total is None
-        skim = (believed and codec.name == "h264" and container.format.name.startswith(("mov", "matroska"))
-                and None not in stamps and len(set(stamps)) == len(stamps))
+        ranked = believed and codec.name == "h264" and None not in stamps
+        ranked = ranked and len(set(stamps)) == len(stamps)
+        ranked = ranked and container.format.name.startswith(("mov", "matroska"))
         total = total or len(stamps)
         if not total:
             raise ValueError("no video frames")
         index = np.asarray(pick(total))
-        wanted, convert = set(index.flat), partial(_image, VideoReformatter(), short_side)
-        if skim:
-            images, found = _skim(codec, packets, sorted(stamps), wanted, convert), total
+        wanted, convert = set(index.flat), partial(to_image, VideoReformatter(), short_side)
+        if ranked:
+            images, found = skim(codec, packets, sorted(stamps), wanted, convert), total
         else:
-            images, found = _count(codec, packets, wanted, convert, total if believed else None)
+            images, found = count(codec, packets, wanted, convert, total if believed else None)
         if images is None or found != total:
             return None, found
         first = images[index.flat[0]]
-        frames = torch.cat([_resize(images[i], *first.shape[-2:]) for i in index.flat])  # sizes may change midway
+        frames = torch.cat([resize(images[i], *first.shape[-2:]) for i in index.flat])  # sizes may change midway
         return frames.view(*index.shape, *first.shape[1:]), total
 
 
-def _restarts(packet):
+def restarts(packet):
     """Whether an h264 packet (units, each after 4 bytes of size) has an IDR picture (type 5): none refers past it."""
     data, start = bytes(packet) if packet.is_keyframe else b"", 0
     while start + 4 < len(data):
@@ -147,7 +171,7 @@ def _restarts(packet):
     return False
 
 
-def _decode(codec, packet):
+def decode(codec, packet):
     """The frames that a packet decodes to (None: those that the decoder still holds), or None where it is damaged."""
     try:
         return codec.decode(packet)
@@ -155,7 +179,7 @@ def _decode(codec, packet):
         return None
 
 
-def _skim(codec, packets, stamps, wanted, convert):
+def skim(codec, packets, stamps, wanted, convert):
     """Decode h264 without the frames that neither `wanted` nor the decoder needs -> {position: image}; None if damaged.
 
     A frame's position is the rank of its time stamp, known before anything is decoded. The decoder needs what other
@@ -169,10 +193,10 @@ def _skim(codec, packets, stamps, wanted, convert):
         needed = needed or keep
         if needed:
             chosen.append((packet, keep))
-        needed = needed and not _restarts(packet)
+        needed = needed and not restarts(packet)
     for packet, keep in [*reversed(chosen), (None, True)]:
         codec.skip_frame = "DEFAULT" if keep else "NONREF"
-        decoded = _decode(codec, packet)
+        decoded = decode(codec, packet)
         if decoded is None or any(frame.is_corrupt or frame.pts not in rank for frame in decoded):
             return None
         for frame in decoded:
@@ -183,12 +207,12 @@ def _skim(codec, packets, stamps, wanted, convert):
     return None if missing else images
 
 
-def _count(codec, packets, wanted, convert, total=None):
+def count(codec, packets, wanted, convert, total=None):
     """Decode in order -> ({position: image}, total). Stops at the last of `wanted` if a `total` is given and no packet
     is bad; else goes on to the end, to count what decodes."""
     images, seen = {}, 0
     for packet in [*packets, None]:
-        decoded = _decode(codec, packet)
+        decoded = decode(codec, packet)
         total = None if decoded is None else total
         for frame in decoded or ():
             if seen in wanted:
@@ -201,18 +225,18 @@ def _count(codec, packets, wanted, convert, total=None):
     return images, seen
 
 
-def _image(reformatter, short_side, frame):
+def to_image(reformatter, short_side, frame):
     """A decoded frame -> uint8 (1, 3, h, w): to RGB at its own size, then resized, then turned upright."""
     if max(frame.width, frame.height) > MAX_ASPECT * min(frame.width, frame.height):
         raise ValueError(f"frames of {frame.width}x{frame.height} pixels are too narrow")
     rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
     scale = short_side / min(frame.width, frame.height)
     image = torch.from_numpy(rgb)[None].permute(0, 3, 1, 2)
-    image = _resize(image, round(frame.height * scale), round(frame.width * scale))  # (1, 3, h, w)
+    image = resize(image, round(frame.height * scale), round(frame.width * scale))  # (1, 3, h, w)
     return torch.rot90(image, round(frame.rotation / 90), (2, 3)) if frame.rotation else image
 
 
-def _resize(images, height, width):
+def resize(images, height, width):
     """uint8 (N, 3, H, W) -> (N, 3, height, width): bilinear, antialiased (else downscaling errs by up to 98 of 255)."""
     if images.shape[-2:] == (height, width):
         return images
@@ -226,38 +250,53 @@ class Views:
     frames: int = 16  # T
     size: int = 224  # R in pixels
     short_side: int = 256  # pixels, before the crop
-    sampling: str = "tsn"  # tsn: the middle of T equal segments; uniform: fixed intervals
+    sampling: str = "tsn"  # tsn: the middles of T equal segments; uniform: fixed intervals
     clips: int = 1  # views in time
-    crops: int = 1  # views in space: 1, the centre, or 3: start, centre and end of the long side
-    pixels: str = "imagenet"  # whose mean and standard deviation the pixels are normalised with
+    crops: int = 1  # views in space: 1 is the centre; 3 are the ends and centre of the long side
+    pixels: str = "imagenet"  # whose mean and deviation normalise the pixels, see MEANS
 
 
-def read_test(path, v):
-    """The test-time `Views` of a video, decoded once: uint8 (V, T, 3, R, R), V = clips x crops, clip after clip."""
-    if v.crops not in (1, 3) or v.short_side < v.size:
-        raise ValueError(f"crops must be 1 or 3 (got {v.crops}), and short_side at least size "
-                         f"(got {v.short_side}, {v.size})")
-    pick = partial(view_indices, frames=v.frames, clips=v.clips, indices=SAMPLERS[v.sampling])
-    video = read_frames(path, pick, v.short_side)  # (clips, T, 3, h, w)
-    down, right = video.shape[-2] - v.size, video.shape[-1] - v.size
-    crops = []
-    for along in (0.5,) if v.crops == 1 else (0, 0.5, 1):
-        top, left = (int(down * along), right // 2) if down > right else (down // 2, int(right * along))
-        crops.append(video[..., top:top + v.size, left:left + v.size])
-    return torch.stack(crops, 1).flatten(0, 1).contiguous()  # (clips, crops, T, 3, R, R) -> (V, T, 3, R, R)
+def read_test(path, views):
+    """Read the test-time views of a video: uint8 (V, T, 3, R, R), V = clips x crops.
+
+    The crops of the first clip come first. The video is decoded once. Raises VideoError, and
+    ValueError for impossible views.
+    """
+    size = views.size
+    if views.crops not in (1, 3) or views.short_side < size:
+        raise ValueError(f"crops must be 1 or 3 (got {views.crops}), and short_side at least size "
+                         f"(got {views.short_side}, {size})")
+    pick = partial(view_indices, frames=views.frames, clips=views.clips,
+                   indices=SAMPLERS[views.sampling])
+    video = read_frames(path, pick, views.short_side)  # (clips, T, 3, h, w)
+    height, width = video.shape[-2:]
+    top, left = (height - size) // 2, (width - size) // 2
+    corners = [(top, left)]
+    if views.crops == 3 and height > width:
+        corners = [(0, left), (top, left), (height - size, left)]
+    elif views.crops == 3:
+        corners = [(top, 0), (top, left), (top, width - size)]
+    crops = [video[..., y:y + size, x:x + size] for y, x in corners]
+    return torch.stack(crops, 1).flatten(0, 1).contiguous()  # (V, T, 3, R, R)
 
 
 def read_clip(path, frames=16, size=224, short_side=None):
-    """The test-time view of a video, uint8 (T, 3, size, size): TSN middle frames, centre crop. Raises VideoError."""
+    """Read the centre crop of a video's TSN middle frames: uint8 (T, 3, size, size).
+
+    short_side: pixels before the crop; None: 256/224 of `size`. Raises VideoError.
+    """
     return read_test(path, Views(frames, size, short_side or round(size * 256 / 224)))[0]
 
 
-def _timed(container, stream, codec):
-    """(seconds since the first frame, frame) of every frame, and last (the end, None). Times are those of the stamps;
-    where one is missing or does not rise, an average frame's duration after the frame before."""
-    step, time = float(1 / stream.average_rate) if stream.average_rate else 0.0, None
-    packets = chain((packet for packet in container.demux(stream) if packet.size), [None])
-    for frame in chain.from_iterable(_decode(codec, packet) or () for packet in packets):
+def timed_frames(container, stream, codec):
+    """Decode in order: yields (seconds since the first frame, frame), at last (the end, None).
+
+    Time stamps give the times. Where one is missing or does not rise, a frame begins an average
+    frame's duration after the one before it.
+    """
+    step = float(1 / stream.average_rate) if stream.average_rate else 0.0  # seconds
+    time = None
+    for frame in decoded_frames(container, stream, codec):
         if time is None:
             time, origin = 0.0, frame.time or 0.0
         elif frame.time is not None and frame.time - origin > time:
@@ -265,75 +304,117 @@ def _timed(container, stream, codec):
         elif step:
             time += step
         else:
-            raise ValueError("frames without rising time stamps, and no frame rate: their times are unknown")
+            raise ValueError("neither rising time stamps nor a frame rate: times are unknown")
         yield time, frame
     if time is None:
         raise ValueError("no frame decodes")
     yield time + step, None
 
 
-def read_windows(path, seconds, frames, size, short_side, indices=frame_indices):
-    """Windows of `seconds`, one after the other: yields (start, end, uint8 (T, 3, size, size)), times in seconds.
+def decoded_frames(container, stream, codec):
+    """Yield every frame that decodes, in order."""
+    for packet in container.demux(stream):
+        if packet.size:
+            yield from decode(codec, packet) or ()
+    yield from decode(codec, None) or ()
 
-    Of the frames that begin in a window those at `indices`, centre-cropped; where none begins there is no window.
-    Decodes once, in order, with 1024 small frames in memory at most: of more, every second is left out. VideoError.
+
+def read_windows(path, seconds, frames, size, short_side, indices=frame_indices):
+    """Yield windows of `seconds`, one after the other: (start, end, uint8 (T, 3, size, size)).
+
+    start, end: seconds. Of the frames that begin in a window, those at `indices` are taken and
+    centre-cropped; a window in which none begins is left out. The video is decoded once, in order.
+    At most 1024 small frames are in memory: when there are more, every second is dropped.
+    Raises VideoError.
     """
-    convert, kept = partial(_image, VideoReformatter(), short_side), []
-    with _opened(path, MAX_PIXELS) as opened:
-        for time, frame in _timed(*opened):
+    reformatter, kept = VideoReformatter(), []
+    with open_video(path, MAX_PIXELS) as opened:
+        for time, frame in timed_frames(*opened):
             number = int(time / seconds + 1e-6)  # 0.3 / 0.1 is a little below 3
             if kept and (frame is None or number != window):
-                clip = torch.from_numpy(np.stack([kept[i] for i in indices(len(kept), frames)]))
-                yield round(window * seconds, 6), round(min((window + 1) * seconds, time), 6), clip
+                end = min((window + 1) * seconds, time)
+                clip = np.stack([kept[i] for i in indices(len(kept), frames)])
+                yield round(window * seconds, 6), round(end, 6), torch.from_numpy(clip)
                 kept = []
             if not kept:
                 window, seen, stride = number, 0, 1
             if frame is not None and seen % stride == 0:
-                image = convert(frame)[0].numpy()  # (3, h, w)
-                top, left = ((side - size) // 2 for side in image.shape[1:])
+                image = to_image(reformatter, short_side, frame)[0].numpy()  # (3, h, w)
+                top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
                 kept.append(image[:, top:top + size, left:left + size].copy())
-                kept, stride = (kept, stride) if len(kept) < 1024 else (kept[::2], 2 * stride)
+            if len(kept) == 1024:
+                kept, stride = kept[::2], 2 * stride
             seen += 1
 
 
-def augment(clip, size, rng, scales=SCALES, flip=0.0, jitter=0.0, grey=0.0, shift=0.0, strengths=JITTER):
-    """uint8 (T, 3, H, W) -> (T, 3, size, size): one random transform for all frames, from the numpy Generator `rng`.
+# ---- augmentation --------------------------------------------------------------------------------
 
-    scales: height and width of a crop, as parts of the short side, equal or next to one another in this list; it lies
-    in a corner or the centre [TSN] and is resized. flip, jitter, grey: probabilities. strengths: see JITTER.
-    shift: the clip is moved by up to this part of each side, its border repeated.
+SCALES = (1, 0.875, 0.75, 0.66)  # [released] multi-scale crop
+JITTER = (0.4, 0.4, 0.2, 0.1)  # [ours] brightness, contrast, saturation: 1 +- this; hue: +- turns
+LUMA = (0.299, 0.587, 0.114)  # brightness of R, G, B [ITU-R BT.601]
+CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))  # [TSN] where a crop lies, (down, right)
+
+
+def augment(clip, size, rng, scales=SCALES, flip=0.0, jitter=0.0, grey=0.0, shift=0.0,
+            strengths=JITTER):
+    """uint8 (T, 3, H, W) -> (T, 3, size, size): one random transform for all frames.
+
+    scales: a crop's height and width as parts of the short side, equal or neighbours in this list.
+    flip, jitter, grey: probabilities. strengths: see JITTER. shift: the clip moves by up to this
+    part of each side, and its border is repeated. rng: a numpy Generator.
     """
-    for axis in (-2, -1) if shift else ():
-        side = clip.shape[axis]
-        offset = rng.integers(-int(shift * side), int(shift * side), endpoint=True)
-        clip = clip.index_select(axis, (torch.arange(side) + offset).clamp(0, side - 1))
-    sides = [round(scale * min(clip.shape[-2:])) for scale in scales]
-    i = rng.integers(len(sides))
-    height, width = sides[i], sides[rng.integers(max(i - 1, 0), min(i + 2, len(sides)))]
-    down, right = ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))[rng.integers(5)]
-    top, left = int((clip.shape[-2] - height) * down), int((clip.shape[-1] - width) * right)
-    clip = _resize(clip[..., top:top + height, left:left + width], size, size)  # (T, 3, size, size)
+    if shift:
+        clip = move(move(clip, -2, shift, rng), -1, shift, rng)
+    clip = resize(random_crop(clip, scales, rng), size, size)  # (T, 3, size, size)
     if rng.random() < flip:
         clip = clip.flip(-1)
     if rng.random() < jitter:
         brightness, contrast, saturation, hue = rng.uniform(-1, 1, 4) * strengths
-        clip = _recolour(clip, 1 + brightness, 1 + contrast, 1 + saturation, hue)
-    return _recolour(clip, saturation=0) if rng.random() < grey else clip
+        clip = recolour(clip, 1 + brightness, 1 + contrast, 1 + saturation, hue)
+    if rng.random() < grey:
+        clip = recolour(clip, saturation=0)
+    return clip
 
 
-def _recolour(clip, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0):
-    """rgb' = brightness (contrast S(saturation) R(hue) rgb + (1 - contrast) m), m the clip's mean grey.
+def move(clip, axis, shift, rng):
+    """Move a clip along an axis by a random number of pixels, up to `shift` times the side."""
+    side = clip.shape[axis]
+    reach = int(shift * side)
+    offset = rng.integers(-reach, reach, endpoint=True)
+    return clip.index_select(axis, (torch.arange(side) + offset).clamp(0, side - 1))
 
-    [ours] the four colour changes as one linear map: S blends with grey, R turns about the grey axis by `hue` turns.
+
+def random_crop(clip, scales, rng):
+    """[released] Multi-scale crop: one of the pairs of sides, in a corner or the centre."""
+    *_, height, width = clip.shape
+    sides = [round(scale * min(height, width)) for scale in scales]
+    i = rng.integers(len(sides))
+    j = rng.integers(max(i - 1, 0), min(i + 2, len(sides)))
+    down, right = CORNERS[rng.integers(len(CORNERS))]
+    top, left = int((height - sides[i]) * down), int((width - sides[j]) * right)
+    return clip[..., top:top + sides[i], left:left + sides[j]]
+
+
+def recolour(clip, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0):
+    """rgb' = brightness (contrast S(saturation) R(hue) rgb + (1 - contrast) m), m the mean grey.
+
+    [ours] The four colour changes as one linear map: S blends with grey, R turns about the grey
+    axis by `hue` turns; m is the mean over the whole clip.
     """
-    luma, turn = torch.tensor(LUMA), 2 * np.pi * hue
-    a, b, c = ((1 + 2 * np.cos(turn + third)) / 3 for third in (0, 2 * np.pi / 3, -2 * np.pi / 3))
+    turn, third = 2 * np.pi * hue, 2 * np.pi / 3
+    a = (1 + 2 * np.cos(turn)) / 3
+    b = (1 + 2 * np.cos(turn + third)) / 3
+    c = (1 + 2 * np.cos(turn - third)) / 3
     rotate = torch.tensor([[a, b, c], [c, a, b], [b, c, a]], dtype=torch.float32)
-    desaturate = saturation * torch.eye(3) + (1 - saturation) * luma  # (3, 3): every row of the second term is luma
+    luma = torch.tensor(LUMA)
+    blend = saturation * torch.eye(3) + (1 - saturation) * luma  # every row of the last is luma
     pixels = clip.float().flatten(2)  # (T, 3, H*W)
-    grey = luma @ pixels.mean((0, 2))
-    pixels = brightness * contrast * (desaturate @ rotate) @ pixels + brightness * (1 - contrast) * grey
+    mean = luma @ pixels.mean((0, 2))
+    pixels = brightness * contrast * (blend @ rotate) @ pixels + brightness * (1 - contrast) * mean
     return pixels.round_().clamp_(0, 255).byte().view(clip.shape)
+
+
+# ---- mixing --------------------------------------------------------------------------------------
 
 
 def mix_draw(rng, size, mixup=0.8, cutmix=1.0, switch=0.5):

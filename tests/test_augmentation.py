@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import _recolour, _resize, augment, mix_draw, mix_pairs, soft_targets
+from data import recolour, resize, augment, mix_draw, mix_pairs, soft_targets
 
 few = settings(deadline=None, max_examples=40)
 seeds = st.integers(0, 2**32 - 1)
@@ -111,18 +111,18 @@ def test_each_colour_change_does_what_it_says():
     luma = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
     grey = (pixels * luma[:, None, None]).sum(1, keepdim=True)
     for factor in (0.6, 1.0, 1.4):
-        for got, wanted in ((_recolour(clip, brightness=factor), factor * pixels),
-                            (_recolour(clip, contrast=factor), factor * pixels + (1 - factor) * grey.mean()),
-                            (_recolour(clip, saturation=factor), factor * pixels + (1 - factor) * grey)):
+        for got, wanted in ((recolour(clip, brightness=factor), factor * pixels),
+                            (recolour(clip, contrast=factor), factor * pixels + (1 - factor) * grey.mean()),
+                            (recolour(clip, saturation=factor), factor * pixels + (1 - factor) * grey)):
             assert (got - wanted.clamp(0, 255)).abs().max() <= 0.51
-    assert torch.equal(_recolour(clip, hue=1 / 3), clip.roll(1, 1))  # red becomes green, green blue, blue red
-    assert torch.equal(_recolour(clip, hue=1.0), clip)
+    assert torch.equal(recolour(clip, hue=1 / 3), clip.roll(1, 1))  # red becomes green, green blue, blue red
+    assert torch.equal(recolour(clip, hue=1.0), clip)
 
 
 def test_hue_turns_as_hsv_does():
     red = torch.tensor([200, 50, 50], dtype=torch.uint8).view(1, 3, 1, 1)
     for hue in (-0.1, -0.05, 0.05, 0.1):
-        turned = colorsys.rgb_to_hsv(*(_recolour(red, hue=hue).flatten() / 255).tolist())[0]
+        turned = colorsys.rgb_to_hsv(*(recolour(red, hue=hue).flatten() / 255).tolist())[0]
         assert abs((turned - hue + 0.5) % 1 - 0.5) < 0.02
 
 
@@ -130,12 +130,12 @@ def test_hue_turns_as_hsv_does():
 @given(seeds, st.floats(0.6, 1.4), st.floats(-0.5, 0.5))
 def test_grey_stays_grey(seed, saturation, hue):
     clip = noise(1, 1, 5, 5, seed=seed).expand(2, 3, 5, 5)
-    assert (_recolour(clip, 1, 1, saturation, hue).int() - clip.int()).abs().max() <= 1
+    assert (recolour(clip, 1, 1, saturation, hue).int() - clip.int()).abs().max() <= 1
 
 
 def test_resizing_keeps_flat_colours_and_its_own_size():
     flat = torch.full((2, 3, 20, 30), 77, dtype=torch.uint8)
-    assert (_resize(flat, 7, 50) == 77).all() and _resize(flat, 20, 30) is flat
+    assert (resize(flat, 7, 50) == 77).all() and resize(flat, 20, 30) is flat
 
 
 # ---------------------------------------------------------------- mixing

@@ -85,7 +85,7 @@ def test_without_stamps_frames_are_counted_and_without_a_rate_it_is_an_error(lon
         decoded = [type("Frame", (), {"time": time})] * count
         codec = type("Codec", (), {"decode": staticmethod(lambda packet: decoded if packet is None else [])})
         container = type("Container", (), {"demux": staticmethod(lambda stream: [])})
-        return [time for time, _ in data._timed(container, stream, codec)]
+        return [time for time, _ in data.timed_frames(container, stream, codec)]
     assert frames(4, Fraction(10)) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     assert frames(3, Fraction(2), time=7.0) == [0, 0.5, 1.0, 1.5]  # stamps that stand still
     with pytest.raises(ValueError, match="stamps"):
@@ -98,8 +98,8 @@ def test_without_stamps_frames_are_counted_and_without_a_rate_it_is_an_error(lon
 
 
 def test_windows_are_decoded_one_at_a_time(long, monkeypatch):
-    seen, convert = [], data._image
-    monkeypatch.setattr(data, "_image", lambda *arguments: seen.append(0) or convert(*arguments))
+    seen, convert = [], data.to_image
+    monkeypatch.setattr(data, "to_image", lambda *arguments: seen.append(0) or convert(*arguments))
     windows = data.read_windows(long, 0.5, 2, 32, 32)
     next(windows)
     assert len(seen) == 4
@@ -108,8 +108,8 @@ def test_windows_are_decoded_one_at_a_time(long, monkeypatch):
 
 
 def test_a_window_of_many_frames_is_thinned(tmp_path, monkeypatch):
-    seen, convert = [], data._image
-    monkeypatch.setattr(data, "_image", lambda *arguments: seen.append(0) or convert(*arguments))
+    seen, convert = [], data.to_image
+    monkeypatch.setattr(data, "to_image", lambda *arguments: seen.append(0) or convert(*arguments))
     path = write_video(tmp_path / "many.mp4", frames=2100, size=(32, 32), g="50", preset="ultrafast")
     (_, _, clip), = data.read_windows(path, 1000, 4, 32, 32)
     assert len(seen) == 1024 + 512 + 13  # all, then every second, then every fourth
