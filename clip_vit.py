@@ -14,6 +14,7 @@ Letters, here and in every file: B videos, T frames, P patches, N = 1 + P tokens
 D width, E joint width, H heads of width d, C classes, L text length, R image side in pixels.
 """
 
+import dataclasses
 import gzip
 import hashlib
 import html
@@ -364,6 +365,11 @@ class CLIP(nn.Module):
 
 # ---- what the video models share -----------------------------------------------------------------
 
+def knob(default, help):
+    """A setting in a configuration dataclass: its default, and the words that --help has for it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 def split_capitals(name):
     """[released] A space before every capital A-Z, then runs of spaces become one.
 
@@ -434,7 +440,7 @@ class TextCache(nn.Module):
 class PoolConfig:
     """The setting of frame pooling."""
 
-    prompt: str = "a photo of a"  # the words before the class name
+    prompt: str = knob("a photo of a", "the words before the class name")
 
 
 class FramePool(nn.Module):

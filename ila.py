@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_vit import HEAD_WIDTH, Attention, Block, QuickGELU, TextCache, cosine_logits
+from clip_vit import HEAD_WIDTH, Attention, Block, QuickGELU, TextCache, cosine_logits, knob
 
 FLAT, SLOPE, REACH = 0.25, 1.5, 0.75  # [released] a mask's flat half width, its fall beside it; points are tanh * 0.75
 DISTURBANCE, DECAY_EPOCH = 0.2, 29    # [released] the step between the nine points; it halves in each epoch after this
@@ -313,17 +313,20 @@ class VideoPrompt(nn.Module):
 
 @dataclass(frozen=True)
 class ILAConfig:  # tables are the paper's; forms "released" and "released-ssv2" fix align to rival
-    frames: int = 8                 # T
-    form: str = "paper"             # paper, released, released-ssv2
-    num_classes: int | None = None  # SSv2's recipe: more convolutions, a linear head of so many classes, CLIP frozen
-    align: str = "adjacent"         # adjacent, first, middle: the frame that each is aligned with (Table 6)
-    blocks: str = "all"             # all, or a range from 1 such as 4-6: the blocks that align (Table 7)
-    operator: str = "convolution"   # convolution, window: how PointNet looks around (Table 8)
-    use: str = "mi"                 # mi, add, concat: what becomes of the aligned features (Table 9)
-    rival: str = "ila"              # ila, none, average, divided, shift, hungarian, xclip (Table 4)
-    video_prompt: bool = True       # video-specific text (Table 11)
-    multi_frame: bool = True        # the multi-frame block; False: the plain mean over frames
-    align_weight: float = 1.0       # of the alignment loss [released]; 0.01 where the model is tiny
+    frames: int = knob(8, "T")
+    form: str = knob("paper", "paper, released, released-ssv2")
+    num_classes: int | None = knob(
+        None, "SSv2's recipe: more convolutions, a linear head of so many classes, CLIP frozen")
+    align: str = knob(
+        "adjacent", "adjacent, first, middle: the frame that each is aligned with (Table 6)")
+    blocks: str = knob("all", "all, or a range from 1 such as 4-6: the blocks that align (Table 7)")
+    operator: str = knob("convolution", "convolution, window: how PointNet looks around (Table 8)")
+    use: str = knob("mi", "mi, add, concat: what becomes of the aligned features (Table 9)")
+    rival: str = knob("ila", "ila, none, average, divided, shift, hungarian, xclip (Table 4)")
+    video_prompt: bool = knob(True, "video-specific text (Table 11)")
+    multi_frame: bool = knob(True, "the multi-frame block; False: the plain mean over frames")
+    align_weight: float = knob(
+        1.0, "of the alignment loss [released]; 0.01 where the model is tiny")
 
     def __post_init__(self):
         choices = {"form": ("paper", "released", "released-ssv2"), "align": ("adjacent", "first", "middle"),

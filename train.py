@@ -852,6 +852,7 @@ def main(args):
 def describe(title, config, but=()):
     """Help on a configuration dataclass's knobs: name=default and the comment beside it, two on a line if short."""
     comments, lines = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE)), [title]
+    comments |= {field.name: field.metadata["help"] for field in dataclasses.fields(config) if field.metadata}
     for name, (kind, default) in knobs(config).items():
         words = ",".join(map(str, default)) if isinstance(default, tuple) else default
         entry = f"  {name}={str(words).lower() if kind is bool else words}  {comments[name]}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from clip_vit import Attention, TextCache, cosine_logits, no_string, split_capitals
+from clip_vit import Attention, TextCache, cosine_logits, knob, no_string, split_capitals
 from temporal_context import ContextTower
 
 
@@ -46,21 +46,23 @@ class PromptLayer(nn.Module):
 class TCConfig:
     """What TC-CLIP is made of; the defaults are the paper's."""
 
-    frames: int = 16  # T, needed by joint positions
-    context_tokens: int = 96  # k: all that the frames hand on to the next block
-    seed_ratio: float = 0.3  # alpha: the share of a frame's patches that become seeds
-    merge_step: int = 100  # r: pairs merged by one bipartite round
-    positions: str = "space"  # space: the same for all frames; joint: one per frame and token
-    local_global_bias: bool = True  # one for own and one for reference tokens, per head
-    text_length: int = 30  # longest prompt, in tokens
-    merge: str = "bipartite"  # bipartite, none, random, kmeans, dpc-knn
-    reference: str = "context"  # what frames look at: context, class, neighbour, all, none
-    reference_blocks: tuple | None = None  # which vision blocks look at it; None: all but the first
-    prompt: str = "a photo of a"  # the M vectors begin as these words' embeddings
-    prompting: str = "video"  # video: conditioned on the video; learned: vectors alone; none: the words, fixed
-    prompt_blocks: tuple = (-1,)  # text blocks before which the vectors are prompted
-    context_blocks: tuple = (-1,)  # the vision blocks whose context each of them gets
-    stop_gradient: bool = True  # no gradient from the text into the vision tower
+    frames: int = knob(16, "T, needed by joint positions")
+    context_tokens: int = knob(96, "k: all that the frames hand on to the next block")
+    seed_ratio: float = knob(0.3, "alpha: the share of a frame's patches that become seeds")
+    merge_step: int = knob(100, "r: pairs merged by one bipartite round")
+    positions: str = knob("space", "space: the same for all frames; joint: one per frame and token")
+    local_global_bias: bool = knob(True, "one for own and one for reference tokens, per head")
+    text_length: int = knob(30, "longest prompt, in tokens")
+    merge: str = knob("bipartite", "bipartite, none, random, kmeans, dpc-knn")
+    reference: str = knob("context", "what frames look at: context, class, neighbour, all, none")
+    reference_blocks: tuple | None = knob(
+        None, "which vision blocks look at it; None: all but the first")
+    prompt: str = knob("a photo of a", "the M vectors begin as these words' embeddings")
+    prompting: str = knob(
+        "video", "video: conditioned on it; learned: vectors alone; none: the words, fixed")
+    prompt_blocks: tuple = knob((-1,), "text blocks before which the vectors are prompted")
+    context_blocks: tuple = knob((-1,), "the vision blocks whose context each of them gets")
+    stop_gradient: bool = knob(True, "no gradient from the text into the vision tower")
 
     def __post_init__(self):
         for name, known in (("positions", ("space", "joint")), ("prompting", ("video", "learned", "none")),
