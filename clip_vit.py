@@ -3,8 +3,8 @@
     image -> patches -> pre-norm transformer -> class token -> joint space
     text  -> tokens  -> the same, causal     -> end token   -> joint space: cosines are compared
 
-Sections: tokenizer; towers; what the video models share; frame pooling; weights from disk. A reader
-who wants the model begins with the towers.
+Sections: tokenizer; towers; image towers without text; what the video models share; frame pooling;
+weights from disk. A reader who wants the model begins with the towers.
 
 Parameter names are the keys of OpenAI's state_dict, so weights load strictly and need no table of
 names. All sizes are read off the tensors; what no tensor tells (activation, head width) is an
@@ -171,6 +171,17 @@ class QuickGELU(nn.Module):
 
 
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; most others', by erf
+
+
+def known_head_width(width, head_width=None):
+    """The head width d of a tower: the given one, or 64, which holds for all usual ViTs up to L.
+
+    Raises ValueError for wider towers if it is not given.
+    """
+    if head_width is None and width > 1024:
+        raise ValueError(f"no tensor tells the head width of a tower of width {width}: set "
+                         "head_width (80 for ViT-H, 88 for ViT-g, 104 for ViT-bigG)")
+    return head_width or HEAD_WIDTH
 
 
 class Attention(nn.Module):
@@ -363,6 +374,134 @@ class CLIP(nn.Module):
         return ids.to(self.positional_embedding.device)
 
 
+# ---- image towers without text -------------------------------------------------------------------
+
+TIMM_NAMES = (  # timm's name as a regular expression, ours; applied in this order
+    (r"^cls_token$", "class_embedding"), (r"^pos_embed$", "positional_embedding"),
+    (r"^patch_embed\.proj\.", "conv1."), (r"^norm\.", "ln_post."),
+    (r"^blocks\.", "transformer.resblocks."), (r"\.norm([12])\.", r".ln_\1."),
+    (r"\.attn\.qkv\.", ".attn.in_proj_"), (r"\.attn\.proj\.", ".attn.out_proj."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."), (r"\.mlp\.fc2\.", ".mlp.c_proj."))
+
+
+class VisionOnly(nn.Module):
+    """An image tower without a text tower, such as an ImageNet-21k ViT, in the place of a CLIP.
+
+    ILA runs on it when it has a linear head. Methods that compare with text refuse it.
+    """
+
+    def __init__(self, visual):
+        super().__init__()
+        self.visual = visual
+
+    def encode_image(self, images):
+        """Normalised images (B,3,R,R) -> the class token's features (B,D)."""
+        return self.visual(images)
+
+
+def require_text(clip, method):
+    """Raises ValueError if the weights that `method` shall use have no text tower."""
+    if isinstance(clip, VisionOnly):
+        raise ValueError(f"{method} compares videos with text, and these weights have no text "
+                         "tower; ILA with num_classes runs on them")
+
+
+def from_timm(state):
+    """A state_dict of timm's ViT -> {OpenAI's key: tensor}; the classifier's head is left out."""
+    tower = {}
+    for key, value in state.items():
+        if key.startswith(("head.", "pre_logits.")):
+            continue
+        if key in ("cls_token", "pos_embed"):
+            value = value.squeeze(0)  # (n,D), n = 1 or N
+        for theirs, ours in TIMM_NAMES:
+            key = re.sub(theirs, ours, key)
+        tower[f"visual.{key}"] = value.squeeze(0) if key == "class_embedding" else value
+    return tower
+
+
+def from_google(state):
+    """The arrays of Google's ViT .npz as tensors -> {OpenAI's key: tensor}, without the head.
+
+    Its kernels are stored as (in, out): (p,p,3,D) for patches, (D,H,d) for queries, keys and
+    values, (H,d,D) for their output.
+    """
+    tower = {"visual.class_embedding": state["cls"].flatten(),
+             "visual.positional_embedding": state["Transformer/posembed_input/pos_embedding"][0],
+             "visual.conv1.weight": state["embedding/kernel"].permute(3, 2, 0, 1),
+             "visual.conv1.bias": state["embedding/bias"],
+             "visual.ln_post.weight": state["Transformer/encoder_norm/scale"],
+             "visual.ln_post.bias": state["Transformer/encoder_norm/bias"]}
+    layers = len({key.split("/")[1] for key in state if "/encoderblock_" in key})
+    for i in range(layers):
+        theirs, ours = f"Transformer/encoderblock_{i}/", f"visual.transformer.resblocks.{i}."
+        attention = theirs + "MultiHeadDotProductAttention_1/"
+        parts = ("query", "key", "value")
+        weights = [state[f"{attention}{part}/kernel"].flatten(1).T for part in parts]  # (D,D) each
+        biases = [state[f"{attention}{part}/bias"].flatten() for part in parts]  # (D,) each
+        tower[ours + "attn.in_proj_weight"] = torch.cat(weights)
+        tower[ours + "attn.in_proj_bias"] = torch.cat(biases)
+        tower[ours + "attn.out_proj.weight"] = state[attention + "out/kernel"].flatten(0, 1).T
+        tower[ours + "attn.out_proj.bias"] = state[attention + "out/bias"]
+        for name, norm in (("ln_1", "LayerNorm_0"), ("ln_2", "LayerNorm_2")):
+            tower[f"{ours}{name}.weight"] = state[f"{theirs}{norm}/scale"]
+            tower[f"{ours}{name}.bias"] = state[f"{theirs}{norm}/bias"]
+        for name, dense in (("c_fc", "Dense_0"), ("c_proj", "Dense_1")):
+            tower[f"{ours}mlp.{name}.weight"] = state[f"{theirs}MlpBlock_3/{dense}/kernel"].T
+            tower[f"{ours}mlp.{name}.bias"] = state[f"{theirs}MlpBlock_3/{dense}/bias"]
+    return {key: value.contiguous() for key, value in tower.items()}
+
+
+def vision_sizes(state):
+    """The image tower's arguments of CLIP(...), read off the shapes of OpenAI's keys."""
+    prefix = "visual.transformer.resblocks."
+    needed = ("visual.conv1.weight", "visual.positional_embedding", prefix + "0.mlp.c_fc.weight")
+    missing = [key for key in needed if key not in state]
+    if missing:
+        raise ValueError(f"not the weights of an image tower: no {', '.join(missing)}")
+    width, _, patch, _ = state["visual.conv1.weight"].shape
+    grid = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
+    layers = len({key.split(".")[3] for key in state if key.startswith(prefix)})
+    return dict(resolution=grid * patch, patch=patch, vision_width=width, vision_layers=layers,
+                vision_mlp_width=state[prefix + "0.mlp.c_fc.weight"].shape[0])
+
+
+def has_no_text(state):
+    """Whether a state_dict is an image tower only, in timm's, Google's or OpenAI's layout."""
+    if "patch_embed.proj.weight" in state or "embedding/kernel" in state:
+        return True
+    return len(state) > 0 and all(key.startswith("visual.") for key in state)
+
+
+def vision_only(state, activation=None, head_width=None):
+    """VisionOnly from a state_dict that has_no_text, loaded strictly.
+
+    A tower without ln_pre is an image classifier's: exact GELU and eps 1e-6; otherwise CLIP's.
+    """
+    if "embedding/kernel" in state:
+        query = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
+        try:
+            state, head_width = from_google(state), state[query].shape[2]
+        except KeyError as error:
+            raise ValueError(f"not a ViT in Google's layout: no {error}") from error
+    elif "patch_embed.proj.weight" in state:
+        state = from_timm(state)
+    sizes = vision_sizes(state)
+    width = sizes["vision_width"]
+    from_clip = "visual.ln_pre.weight" in state
+    eps = 1e-5 if from_clip else 1e-6
+    activation = activation or ("quick_gelu" if from_clip else "gelu")
+    embed = state["visual.proj"].shape[1] if "visual.proj" in state else None
+    with torch.device("meta"):  # no memory, no random numbers: each tensor comes from the state
+        blocks = [Block(width, sizes["vision_mlp_width"], known_head_width(width, head_width),
+                        activation, eps) for _ in range(sizes["vision_layers"])]
+        tower = VisionOnly(VisionTransformer(
+            sizes["resolution"], sizes["patch"], width, embed, blocks,
+            patch_bias="visual.conv1.bias" in state, pre_norm=from_clip, eps=eps))
+    tower.load_state_dict(state, assign=True)
+    return tower
+
+
 # ---- what the video models share -----------------------------------------------------------------
 
 def knob(default, help):
@@ -449,6 +588,7 @@ class FramePool(nn.Module):
 
     def __init__(self, clip, config=PoolConfig()):
         super().__init__()
+        require_text(clip, "frame pooling")
         self.clip, self.config = clip, config
         self.text_cache = TextCache(clip)
         self.register_buffer("tokens", None, persistent=False)
@@ -552,6 +692,9 @@ def read_checkpoint(path):
         raise ValueError(f"{path}: no such file")
     try:
         names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if any(name.endswith(".npy") for name in names):  # Google's ViTs
+            with np.load(path, allow_pickle=False) as arrays:
+                return {key: torch.from_numpy(arrays[key]) for key in arrays}
         if not any(name.endswith("/constants.pkl") or "/code/" in name for name in names):  # not TorchScript
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
@@ -640,7 +783,7 @@ def sizes_of(state):
                 text_layers=layers["transformer.resblocks."])
 
 
-def load_clip(source, merges=None):
+def load_clip(source, merges=None, activation=None, head_width=None):
     """CLIP from an OpenAI name, a file, or a state_dict of tensors or numpy arrays, loaded strictly; in eval mode.
 
     fp16 becomes float32; float32 and float64 stay. `merges`: path of the BPE merges, where they are not in the cache
@@ -658,6 +801,8 @@ def load_clip(source, merges=None):
         state = {key: torch.as_tensor(np.asarray(value) if not torch.is_tensor(value) else value).detach().clone()
                  for key, value in clip_weights(source).items()}
         state = {key: value.float() if value.dtype == torch.float16 else value for key, value in state.items()}
+        if has_no_text(state):
+            return vision_only(state, activation, head_width).eval()
         with torch.device("meta"):  # no memory, no random draws: every tensor comes from the state_dict
             clip = CLIP(**sizes_of(state))
         clip.load_state_dict(state, assign=True)

@@ -8,10 +8,12 @@ import pickle
 import threading
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from figures import make_files, weights
 from helpers import MERGES, SHARED, shared_weights, tiny_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,8 @@ from torch import nn
 
 import clip_vit
 from clip_vit import FramePool, PoolConfig, cached, load_clip, read_checkpoint, split_capitals, tokenize
+
+FIGURES = Path(__file__).parent / "figures"
 
 
 # ---- towers --------------------------------------------------------------------------------------
@@ -298,6 +302,99 @@ def test_broken_files_are_named(tmp_path, content):
         load_clip(tmp_path / "cut.pt")
 
 
+# ---- image towers without text -------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def vit_files(tmp_path_factory):
+    """An ImageNet-21k ViT in timm's and in Google's layout, and what timm computes from it in float64."""
+    folder = tmp_path_factory.mktemp("vit")
+    fixture = FIGURES / "vit_in21k.json"
+    paths = {path.suffix: path for path in make_files.make(fixture, folder)}
+    return paths, np.load(fixture.with_suffix(".npz"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("suffix", [".bin", ".npz", ".safetensors"])
+def test_vit_without_text_equals_timm(vit_files, suffix):
+    paths, figures = vit_files
+    if suffix == ".safetensors":
+        tower = load_clip(torch.load(paths[".bin"], weights_only=True))
+    else:
+        tower = load_clip(paths[suffix])
+    images = torch.from_numpy(weights.video(2, 1, 64)[:, 0])
+    np.testing.assert_allclose(tower.encode_image(images).numpy(), figures["features"], rtol=0, atol=1e-10)
+    visual = tower.visual
+    x = visual.tokens(images) + visual.positional_embedding
+    for block in visual.transformer.resblocks:
+        x = block(x)
+    np.testing.assert_allclose(visual.project(x)[:, 1:4].numpy(), figures["patches"], rtol=0, atol=1e-10)
+    assert not tower.training and (visual.width, visual.embed, visual.grid) == (128, 128, 4)
+
+
+def test_a_tower_without_text_is_saved_and_read_under_our_keys(vit_files, tmp_path):
+    tower = load_clip(vit_files[0][".npz"])
+    torch.save({"model": {f"clip.{k}": v for k, v in tower.state_dict().items()}}, tmp_path / "best.pt")
+    again, images = load_clip(tmp_path / "best.pt"), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    assert torch.equal(again.encode_image(images), tower.encode_image(images))
+
+
+def test_clips_own_tower_without_its_text_is_clips():
+    """What a released file that lacks the text tower holds: norm before the blocks, projection, QuickGELU."""
+    clip, images = tiny_clip(), torch.randn(2, 3, 32, 32)
+    state = {key: value for key, value in clip.state_dict().items() if key.startswith("visual.")}
+    assert torch.equal(load_clip(state).encode_image(images), clip.encode_image(images))
+
+
+def google_vit(head_width):
+    """Arrays of Google's layout for one block of two heads."""
+    fixture = json.loads((FIGURES / "vit_in21k.json").read_text())
+    shapes = {k: v for k, v in fixture["layouts"]["timm"].items() if not k.startswith(("blocks.1", "blocks.2"))}
+    width, scaled = 2 * head_width, {128: 2 * head_width, 384: 6 * head_width, 512: 80}
+    state = {k: torch.from_numpy(weights.tensor(k, [scaled.get(n, n) for n in v])) for k, v in shapes.items()}
+    return state, make_files.google_vit(state, heads=2), width
+
+
+def test_googles_file_tells_the_head_width():
+    timm, google, width = google_vit(head_width=72)  # 144 is no multiple of 64
+    tower, images = load_clip(google), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    assert tower.visual.transformer.resblocks[0].attn.heads == 2
+    assert tower.visual.transformer.resblocks[0].mlp.c_fc.out_features == 80
+    assert torch.equal(load_clip(timm, head_width=72).encode_image(images), tower.encode_image(images))
+    with pytest.raises(ValueError, match="head width: 144 .* 64; set head_width"):
+        load_clip(timm)
+
+
+def test_wide_towers_need_their_head_width():
+    assert clip_vit.known_head_width(1024) == 64 and clip_vit.known_head_width(1280, 80) == 80
+    with pytest.raises(ValueError, match="1280.*set head_width"):
+        clip_vit.known_head_width(1280)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.update({"blocks.0.ls1.gamma": torch.ones(144)}), "ls1.gamma"),
+    (lambda s: s.pop("norm.bias"), "ln_post.bias"),
+    (lambda s: s.update(pos_embed=torch.zeros(1, 18, 144)), "positional_embedding")])
+def test_other_vits_are_refused_by_name(change, words):
+    state, _, _ = google_vit(72)
+    change(state)
+    with pytest.raises(ValueError, match=words):
+        load_clip(state, head_width=72)
+
+
+@pytest.mark.parametrize("key", ["embedding/bias", "Transformer/encoderblock_0/LayerNorm_0/scale"])
+def test_an_incomplete_vit_of_google_is_refused_by_name(key):
+    _, google, _ = google_vit(64)
+    del google[key]
+    with pytest.raises(ValueError, match=f"Google.*{key}"):
+        load_clip(google)
+
+
+def test_methods_with_text_say_that_there_is_none():
+    tower = load_clip({k: v for k, v in tiny_clip().state_dict().items() if k.startswith("visual.")})
+    with pytest.raises(ValueError, match="no text tower"):
+        FramePool(tower)
+
+
 # ---- downloads -------------------------------------------------------------------------------------------------------
 
 CONTENT = bytes(range(256)) * 5000
@@ -362,7 +459,7 @@ def test_what_goes_wrong_with_a_download_is_said(tmp_path, url):
 @torch.no_grad()
 @pytest.mark.parametrize("fixture, arch", [("a_openai_tiny", "tiny"), ("a_openai_b16", "ViT-B/16")])
 def test_released_figures(fixture, arch):
-    weights = shared_weights()
+    shared_weights()
     figures = np.load(SHARED / "parity" / f"{fixture}.npz")
     clip = load_clip(weights.openai_state_dict(arch), MERGES)
     tokens = clip.tokenize(weights.CLASS_NAMES)
