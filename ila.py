@@ -1,431 +1,422 @@
-"""ILA, implicit learnable alignment (Tu et al., ICCV 2023): CLIP's image tower, whose adjacent frames are aligned
-before every block.
+"""ILA, implicit learnable alignment (Tu et al., ICCV 2023): CLIP's image tower, in which each frame
+is aligned with the next one before every block.
 
-    patches F_t, F_{t+1} of two frames -> PointNet -> points p1, p2 -> masks m(p1), m(p2)
-    MI_t, the masked patches' mean (mutual information: what the frames share): one more key and value in CLIP's block
+    patches F_t, F_{t+1} of two frames -> PointNet -> a point p in each frame -> masks m(p)
+    MI token of frame t = mean over space of m(p_t) . F_t
+    CLIP's block on frame t, with the MI token as one more key and value
 
-Form "paper" is the above; "released" is what the public code computes instead, so that its checkpoints load and agree;
-"released-ssv2" is its Something-Something branch. `num_classes` asks for SSv2's recipe.
+MI stands for mutual information, what two frames share. Sections, in reading order:
 
-What trains: all that is not under `clip.`; without `num_classes` also CLIP's image tower and logit_scale; the text
-tower never. Letters as in clip_vit; g x g = P is the patch grid, c a map's channels, points are (x, y) in [-1, 1].
+    masks and losses; two frames -> two points; the aligned block    the paper's method
+    heads; configuration; the model                                  the paper's model
+    the released form; rivals; what stands before a block            variants
+
+Who wants only the paper's method stops at the variants. What trains: everything outside `clip.`;
+without `num_classes` also CLIP's image tower and logit_scale; never the text tower.
+
+Letters as in clip_vit, and: g x g = P the patch grid, P patches, points (x, y) in [-1, 1].
 """
 
 import math
 import re
-from collections import OrderedDict
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_vit import HEAD_WIDTH, Attention, Block, QuickGELU, TextCache, cosine_logits, knob
+from clip_vit import (HEAD_WIDTH, Attention, Block, QuickGELU, TextCache, cosine_logits, knob,
+                      no_string)
 
-FLAT, SLOPE, REACH = 0.25, 1.5, 0.75  # [released] a mask's flat half width, its fall beside it; points are tanh * 0.75
-DISTURBANCE, DECAY_EPOCH = 0.2, 29    # [released] the step between the nine points; it halves in each epoch after this
-CHANNELS = 128                        # of PointNet's maps
+FLAT = 0.25  # [released] half width of a mask's flat middle
+SLOPE = 1.5  # [released] how fast a mask falls beside it
+REACH = 0.75  # [released] points are tanh * 0.75
+DISTURBANCE = 0.2  # [released] distance of the nine training points
+DECAY_EPOCH = 29  # [released] the disturbance halves in every epoch after this one
+CHANNELS = 128  # of PointNet's maps
 
+
+# ---- masks and losses ----------------------------------------------------------------------------
 
 def interactive_mask(points, grid, delta=None):
-    """Masks of points, (...,2) -> (...,g,g) in [0, 1], rows y, columns x; in training, with `delta`, mean over nine."""
-    # m[i,j] = f(e_i - p_y) f(e_j - p_x),  e_i = 2i/(g-1) - 1,  f(s) = 1 if |s| <= 0.25 else max(0, 1 - 1.5(|s| - 0.25))
-    # [paper; constants: released]. Training: the mean over p + delta {-1,0,1} x {-1,0,1} [released]; it is a mean of
-    # products, hence the product of two means over three [ours, exact]
-    offsets = points.new_zeros(1) if delta is None else delta * points.new_tensor([-1, 0, 1])
-    p = points[..., None] + offsets  # (..., 2, 1 or 3)
-    s = torch.linspace(-1, 1, grid, dtype=p.dtype, device=p.device) - p[..., None]  # (..., 2, 1 or 3, g)
-    x, y = (1 - SLOPE * (s.abs() - FLAT)).clamp(0, 1).mean(dim=-2).unbind(-2)  # (..., g)
-    return y[..., :, None] * x[..., None, :]
+    """Masks of points: (...,2) -> (...,g,g) in [0, 1], rows are y, columns are x. [paper]
+
+    With `delta`, as in training, the mean of nine masks around each point. [released]
+    """
+    # m[i,j] = f(e_i - p_y) f(e_j - p_x),  e_i = 2i/(g-1) - 1  [paper; constants: released]
+    # f(s) = 1 if |s| <= 0.25 else max(0, 1 - 1.5(|s| - 0.25))
+    # In training: the mean of m over the points p + delta {-1,0,1} x {-1,0,1}. A mean of products
+    # over all pairs of offsets is the product of two means over three offsets [ours, exact].
+    if delta is None:
+        offsets = points.new_zeros(1)
+    else:
+        offsets = delta * points.new_tensor([-1, 0, 1])
+    p = points.unsqueeze(-1) + offsets  # (...,2,3), or (...,2,1) without delta
+    e = torch.linspace(-1, 1, grid, dtype=p.dtype, device=p.device)  # (g,)
+    s = e - p.unsqueeze(-1)  # (...,2,3,g)
+    f = (1 - SLOPE * (s.abs() - FLAT)).clamp(0, 1).mean(dim=-2)  # (...,2,g)
+    x, y = f.unbind(-2)  # (...,g) each
+    return y.unsqueeze(-1) * x.unsqueeze(-2)
 
 
 def alignment_loss(first, second):
-    """L_align = mean over pairs of 1 - cos(., .) of both frames' pooled aligned features, (B,T-1,D) each. [paper]"""
+    """L_align of both frames' pooled aligned features, (B,T-1,D) each -> a scalar. [paper]"""
+    # L_align = mean over pairs of 1 - cos(first, second)
     return (1 - F.cosine_similarity(first, second, dim=-1)).mean()
 
 
 def frame_pairs(frames, align):
-    """Which frames are aligned: `pairs` (T-1,2), frame numbers; `own` (T,2), the (pair, side) that is a frame's own."""
-    # adjacent: pairs (t, t+1), and the last frame takes the last pair's second side [paper]. first, middle: pairs
-    # (t, reference) [paper, Table 6], and the reference takes the second side of its neighbour's pair [ours]
-    lone = {"adjacent": frames - 1, "first": 0, "middle": frames // 2}[align]  # the frame that is first in no pair
-    left = [t for t in range(frames) if t != lone]
-    pairs = [(t, t + 1 if align == "adjacent" else lone) for t in left]
-    own = [(left.index(t), 0) if t != lone else (max(lone - 1, 0), 1) for t in range(frames)]
+    """Which frames are aligned with which: two tensors of integers.
+
+    `pairs` (T-1,2): the two frame numbers of each pair. `own` (T,2): where frame t finds its own
+    aligned features, as (pair, side). `align` is one of
+    adjacent       pairs (t, t+1); the last frame takes the second side of the last pair [paper]
+    first, middle  pairs (t, reference) [paper, Table 6]; the reference frame takes the second side
+                   of the pair of the frame before it [ours]
+    """
+    if align == "adjacent":
+        pairs = [(t, t + 1) for t in range(frames - 1)]
+        own = [(t, 0) for t in range(frames - 1)]
+        own.append((frames - 2, 1))
+    else:
+        reference = 0 if align == "first" else frames // 2
+        pairs = [(t, reference) for t in range(frames) if t != reference]
+        own = [(pair, 0) for pair in range(frames - 1)]
+        own.insert(reference, (max(reference - 1, 0), 1))
     return torch.tensor(pairs), torch.tensor(own)
 
 
-# ---- two frames -> two points ----------------------------------------------------------------------------------------
+# ---- two frames -> two points --------------------------------------------------------------------
 
-def norm_relu(c):
-    return nn.Sequential(nn.BatchNorm2d(c), nn.ReLU())
-
-
-def initialised(module, std=0.02):
-    """Matrices normal with `std`, biases zero [ours]; 0 for what must not disturb CLIP when training starts."""
+def start_normal(module):
+    """Weights normal with deviation 0.02, biases zero [ours]. Returns the module."""
     for name, parameter in module.named_parameters():
-        if parameter.dim() > 1 or name.endswith("bias"):
-            nn.init.normal_(parameter, std=0 if name.endswith("bias") else std)
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
     return module
 
 
-class WindowAttention(nn.Module):
-    """Each position attends to its 3x3 window, zeros beyond the border, in place of a convolution. [paper, Table 8]"""
-    def __init__(self, c_in, c_out, groups=1):  # groups are a convolution's: of no meaning here
-        super().__init__()
-        self.attn = initialised(Attention(c_in))
-        self.attn.out_proj = nn.Linear(c_in, c_out)
-
-    def forward(self, maps):
-        n, c, g, _ = maps.shape
-        windows = F.unfold(maps, 3, padding=1).view(n, c, 9, g * g).permute(0, 3, 2, 1)  # (n,g*g,9,c), its middle at 4
-        return self.attn(windows[:, :, 4:5], windows).squeeze(2).mT.unflatten(2, (g, g))  # (n,c_out,g,g)
+def start_zero(module):
+    """All parameters zero: the layer does nothing when training starts. Returns the module."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
 
 
-OPERATORS = {"convolution": partial(nn.Conv2d, kernel_size=3, padding=1, bias=False), "window": WindowAttention}
+def conv3x3(c_in, c_out, groups=1):
+    return nn.Conv2d(c_in, c_out, 3, padding=1, groups=groups, bias=False)
+
+
+def norm_relu(channels):
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
 
 
 class PointNet(nn.Module):
-    """The paper does not give it; this one lands on its cost table [ours]. The first layer sees the channels of both
-    frames, [F_t; F_{t+1}], as A F_t + B F_{t+1}; on SSv2 it is 3x3, and two 3x3 layers follow [paper: more]."""
-    def __init__(self, width, operator, ssv2):
+    """Two frames' patches -> a point in each. The paper does not give it; this has its cost [ours].
+
+    On SSv2 the first layer is 3x3, and two more 3x3 layers follow [paper: "more convolutions"].
+    `local(c_in, c_out, groups)` makes a layer that looks at 3x3 windows of a map (n,c_in,g,g).
+    """
+
+    def __init__(self, width, local=conv3x3, ssv2=False):
         super().__init__()
-        local, c, kernel = OPERATORS[operator], CHANNELS, 3 if ssv2 else 1
-        wide = 2 * c if ssv2 else c
-        self.A, self.B = (nn.Conv2d(width, wide, kernel, padding="same", bias=False) for _ in range(2))
-        more = [local(wide, wide), norm_relu(wide), local(wide, c)] if ssv2 else [local(c, c, groups=c)]
-        self.layers = nn.Sequential(norm_relu(wide), *more, norm_relu(c), nn.MaxPool2d(2, ceil_mode=True),
-                                    local(c, c), norm_relu(c))
-        self.point = initialised(nn.Linear(c, 4), std=0)  # both points start in the middle
+        if ssv2:
+            kernel, wide = 3, 2 * CHANNELS
+            middle = [local(wide, wide), norm_relu(wide), local(wide, CHANNELS)]
+        else:
+            kernel, wide = 1, CHANNELS
+            middle = [local(wide, CHANNELS, groups=CHANNELS)]
+        # The first layer's two halves; as checkpoints name them, A is no letter of this file.
+        self.A = nn.Conv2d(width, wide, kernel, padding="same", bias=False)  # for frame t
+        self.B = nn.Conv2d(width, wide, kernel, padding="same", bias=False)  # for frame t + 1
+        self.layers = nn.Sequential(
+            norm_relu(wide), *middle, norm_relu(CHANNELS), nn.MaxPool2d(2, ceil_mode=True),
+            local(CHANNELS, CHANNELS), norm_relu(CHANNELS))
+        self.point = start_zero(nn.Linear(CHANNELS, 4))  # both points start in the middle
+        # Patches arrive as (P,D), which as maps is "channels last": gradients have that layout too,
+        # and DDP wants a parameter and its gradient in one layout.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, first, second):
-        """Patches of each pair's two frames, (B,T-1,P,D) each -> a point (x, y) in both, (B,T-1,2,2)."""
-        grid = math.isqrt(first.shape[2])
-        F_t, F_next = (y.flatten(0, 1).mT.unflatten(2, (grid, grid)) for y in (first, second))  # (B*(T-1),D,g,g)
-        h = self.layers(self.A(F_t) + self.B(F_next)).amax(dim=(2, 3))  # (B*(T-1),c)
-        return REACH * self.point(h).tanh().view(*first.shape[:2], 2, 2)
+        """Patches of the pairs' two frames, (B,T-1,P,D) each -> a point in both, (B,T-1,2,2)."""
+        # g([F_t; F_{t+1}]): the first layer of the concatenated maps is A F_t + B F_{t+1}
+        h = self.A(as_maps(first)) + self.B(as_maps(second))  # (B*(T-1),c,g,g)
+        h = self.layers(h).amax(dim=(2, 3))  # (B*(T-1),c)
+        points = REACH * self.point(h).tanh()  # (B*(T-1),4)
+        return points.view(*first.shape[:2], 2, 2)
 
 
-# ---- the aligned block. Every way to let frames meet is a module: x (B,T,N,D), CLIP's block, delta (the disturbance,
-# None in evaluation) -> x', loss, points
+def as_maps(patches):
+    """Patches (B,T,P,D) -> maps (B*T,D,g,g)."""
+    grid = math.isqrt(patches.shape[2])
+    return patches.flatten(0, 1).mT.unflatten(2, (grid, grid))
+
+
+# ---- the aligned block ---------------------------------------------------------------------------
+
+class Aligned(NamedTuple):
+    """What every aligner returns; it is a module that takes (x, CLIP's block, disturbance)."""
+
+    x: torch.Tensor  # (B,T,N,D) after the block
+    loss: torch.Tensor | float = 0.0  # L_align, a scalar
+    points: torch.Tensor | None = None  # (B,T-1,2,2) the points of each pair
+
 
 def run_block(block, x, extra=None):
-    """CLIP's block in each frame of x (B,T,N,D); `extra` (B,T,n,D) joins keys and values and is gone before the MLP."""
-    # PointNet stays outside: under checkpointing it would run twice, and its batch norm count every batch twice
-    extra = None if extra is None else extra.flatten(0, 1)  # fused attention wants one batch axis
+    """CLIP's block on each frame of x (B,T,N,D). `extra` (B,T,n,D) are further keys and values.
+
+    PointNet is not run in here: with checkpointing it would run twice, and so would its batch norm.
+    """
+    if extra is not None:
+        extra = extra.flatten(0, 1)  # fused attention wants one batch axis
     return block(x.flatten(0, 1), extra=extra).view_as(x)
 
 
-USES = {  # of the aligned features a_t = m . F_t: (block, x, own mask (B,T,P,1), MI token (B,T,1,D)) -> x'
-    "mi": lambda block, x, mask, mi: run_block(block, x, mi),  # [paper] their mean, one key and value
-    "add": lambda block, x, mask, mi: run_block(block, x + F.pad(mask, (0, 0, 1, 0)) * x),  # [Table 9] patches + a_t
-    "concat": lambda block, x, mask, mi: run_block(block, x, mask * x[:, :, 1:]),  # [Table 9] P keys and values
-}
-
-
 class Alignment(nn.Module):
-    """The aligned block. [paper]"""
-    def __init__(self, width, grid, config):
+    """The aligned block. [paper, section 3.2; `use` other than "mi": Table 9]"""
+
+    def __init__(self, width, grid, config, local=conv3x3):
         super().__init__()
-        self.grid, self.use = grid, USES[config.use]
-        self.point_net = PointNet(width, config.operator, config.num_classes is not None)
-        for name, frames in zip(("pairs", "own"), frame_pairs(config.frames, config.align)):
-            self.register_buffer(name, frames, persistent=False)  # (T-1,2), (T,2)
+        self.grid, self.use = grid, config.use
+        self.point_net = PointNet(width, local, ssv2=config.num_classes is not None)
+        pairs, own = frame_pairs(config.frames, config.align)
+        self.register_buffer("pairs", pairs, persistent=False)  # (T-1,2)
+        self.register_buffer("own", own, persistent=False)  # (T,2)
 
     def forward(self, x, block, delta):
-        first, second = (x[:, frames, 1:] for frames in self.pairs.T)  # (B,T-1,P,D)
+        """x (B,T,N,D); `delta` is the disturbance of the points while training, else None."""
+        first, second = x[:, self.pairs[:, 0], 1:], x[:, self.pairs[:, 1], 1:]  # (B,T-1,P,D)
         points = self.point_net(first, second)  # (B,T-1,2,2)
         masks = interactive_mask(points, self.grid, delta).flatten(3)  # (B,T-1,2,P)
-        # MI = mean over space of m . F [paper], as the product m F / P: the aligned features m . F are never built
-        pooled = torch.cat([masks[:, :, :1] @ first, masks[:, :, 1:] @ second], dim=2) / first.shape[2]  # (B,T-1,2,D)
+        # Aligned features a = m . F; MI token = mean over space of a [paper]. The mean is computed
+        # as the product m F / P, so that a is never built.
+        sums = torch.cat([masks[:, :, :1] @ first, masks[:, :, 1:] @ second], dim=2)
+        mi = sums / first.shape[2]  # (B,T-1,2,D)
+        loss = alignment_loss(mi[:, :, 0], mi[:, :, 1])
+
         pair, side = self.own.T
-        x = self.use(block, x, masks[:, pair, side].unsqueeze(3), pooled[:, pair, side].unsqueeze(2))
-        return x, alignment_loss(*pooled.unbind(2)), points
+        mi = mi[:, pair, side].unsqueeze(2)  # (B,T,1,D)
+        mask = masks[:, pair, side].unsqueeze(3)  # (B,T,P,1)
+        if self.use == "mi":  # one more key and value
+            x = run_block(block, x, mi)
+        elif self.use == "concat":  # P more keys and values
+            x = run_block(block, x, mask * x[:, :, 1:])
+        else:  # "add": a is added to the patches
+            x = run_block(block, x + F.pad(mask, (0, 0, 1, 0)) * x)
+        return Aligned(x, loss, points)
 
 
-def over_frames(first, second):
-    """What pairs say of their first and second frame, (B,T-1,...) each -> frames (B,T,...). [released]"""
-    # a_0 = first_0,  a_t = (first_t + second_{t-1}) / 2,  a_{T-1} = second_{T-2}
-    return torch.cat([first[:, :1], (first[:, 1:] + second[:, :-1]) / 2, second[:, -1:]], dim=1)
+# ---- heads ---------------------------------------------------------------------------------------
 
+class TextDecoderLayer(nn.Module):
+    """x + CA(LN x, v), then x + MLP(LN x): text x (B,C,E) looks at the video's v (B,P,E).
 
-class ReleasedAlignment(nn.Module):
-    """u = LN_m(W_m x); aligned a = masks . u; I of the points' maps; x + W_a a + W_i I; CLIP's block. [released]"""
-    def __init__(self, width, grid, config):
-        super().__init__()
-        c, conv, self.grid = CHANNELS, partial(nn.Conv2d, kernel_size=3, padding=1), grid
-        wide = [conv(2 * width, 2 * c), *norm_relu(2 * c)] if config.num_classes else [nn.Sequential(OrderedDict(
-            depthwise_conv=nn.Sequential(conv(2 * width, 2 * width, groups=2 * width), *norm_relu(2 * width)),
-            pointwise_conv=nn.Sequential(nn.Conv2d(2 * width, 2 * c, 1), *norm_relu(2 * c))))]
-        self.message_fc, self.message_ln = nn.Linear(width, width), nn.LayerNorm(width)
-        self.interactive_block = nn.Sequential(*wide, conv(2 * c, 2 * c), *norm_relu(2 * c))
-        self.prediction_block = nn.Sequential(
-            conv(2 * c, c), nn.BatchNorm2d(c), nn.MaxPool2d(2), nn.ReLU(),
-            conv(c, c), nn.BatchNorm2d(c), nn.MaxPool2d(2), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(2),
-            nn.Conv1d(c, c // 2, 1, groups=2), nn.ReLU(),
-            initialised(nn.Conv1d(c // 2, 4, 1, groups=2), std=0), nn.Tanh())
-        self.conv, self.fc = nn.Conv3d(c, c, (3, 1, 1), padding=(1, 0, 0)), nn.Linear(c, width)
-        self.temporal_skip_align_fc, self.temporal_skip_fc = (
-            initialised(nn.Linear(width, width), std=0) for _ in range(2))
+    [paper; key names: released]
+    """
 
-    def forward(self, x, block, delta):
-        B, T = x.shape[:2]
-        u = self.message_ln(self.message_fc(x))  # (B,T,N,D)
-        cls, patches = u[:, :, :1], u[:, :, 1:]
-        pairs = torch.cat([patches[:, :-1], patches[:, 1:]], dim=-1).flatten(0, 1)  # (B*(T-1),P,2D)
-        h = self.interactive_block(pairs.mT.unflatten(2, (self.grid, -1)))  # (B*(T-1),2c,g,g)
-        points = REACH * self.prediction_block(h).view(B, T - 1, 2, 2)
-        masks = interactive_mask(points, self.grid, delta).flatten(3).unsqueeze(4)  # (B,T-1,2,P,1)
-        first, second = masks[:, :, 0] * patches[:, :-1], masks[:, :, 1] * patches[:, 1:]  # (B,T-1,P,D)
-        aligned = torch.cat([cls, over_frames(first, second)], dim=2)  # (B,T,N,D)
-        h = over_frames(*h.flatten(2).mT.unflatten(0, (B, T - 1)).chunk(2, dim=-1))  # (B,T,P,c)
-        h = self.conv(h.movedim(-1, 1).unsqueeze(-1)).squeeze(-1).movedim(1, -1)  # (B,T,P,c), three frames wide
-        x = x + self.temporal_skip_align_fc(aligned) + self.temporal_skip_fc(torch.cat([cls, self.fc(h)], dim=2))
-        return run_block(block, x), alignment_loss(first.mean(dim=2), second.mean(dim=2)), points
-
-
-# ---- rivals in the same tower [paper, Table 4] -----------------------------------------------------------------------
-
-def assignment(cost):
-    """Cheapest one-to-one matching: array (n,n) -> (n,) column of each row. Kuhn-Munkres with potentials, O(n^3): rows
-    enter one by one, and Dijkstra over reduced costs finds each a way to a free column. Column 0 holds the newcomer."""
-    n = len(cost)
-    u, v = np.zeros((2, n + 1))  # 1-based, as all below; cost - u - v >= 0, and 0 where matched
-    row_of, came_from = np.zeros((2, n + 1), int)  # of a column; row 0: it is free
-    for newcomer in range(1, n + 1):
-        row_of[0], column = newcomer, 0
-        distance, done = np.append(0, np.full(n, np.inf)), np.zeros(n + 1, bool)
-        while row_of[column]:
-            done[column], row = True, row_of[column]
-            reach = np.append(np.inf, distance[column] + cost[row - 1] - u[row] - v[1:])
-            closer = ~done & (reach < distance)
-            distance[closer], came_from[closer] = reach[closer], column
-            column = np.where(done, np.inf, distance).argmin()
-        u[row_of[done]] += distance[column] - distance[done]
-        v[done] -= distance[column] - distance[done]
-        while column:  # every row on the way moves over by one column
-            row_of[column] = row_of[came_from[column]]
-            column = came_from[column]
-    return row_of[1:].argsort()
-
-
-def earth_movers_distance(a, b):
-    """Mean distance that n equally heavy points a (n,D) travel to b (n,D), a float. [paper, Table 5; Euclidean: ours]"""
-    cost = torch.cdist(a.detach().double(), b.detach().double()).cpu().numpy()
-    return float(cost[np.arange(len(cost)), assignment(cost)].mean())
-
-
-class TimeAttention(nn.Module):
-    """x + Attn(LN(x + position)) along time: each row of (B,T,n,D) with the same row of all frames."""
-    def __init__(self, width, frames):
-        super().__init__()
-        self.position = nn.Parameter(torch.zeros(frames, 1, width))
-        self.norm, self.attn = nn.LayerNorm(width), initialised(Attention(width))
-        initialised(self.attn.out_proj, std=0)
-
-    def forward(self, x):
-        y = self.norm(x + self.position).transpose(1, 2)  # (B,n,T,D)
-        return x + self.attn(y, y).transpose(1, 2)
-
-
-def along_tracks(block, x, time):
-    """ATA: patches of adjacent frames are matched one to one by cosine (exactly, on the CPU: slow at full size);
-    attention along time follows the tracks, and then all rows return to their places."""
-    unit = F.normalize(x[:, :, 1:].detach(), dim=-1)
-    cost = -(unit[:, :-1] @ unit[:, 1:].mT).double().cpu().numpy()  # (B,T-1,P,P)
-    tracks = np.tile(np.arange(x.shape[2]), (*x.shape[:2], 1))  # the row of frame t to which one of frame 0 has moved
-    for b, t in np.ndindex(*cost.shape[:2]):
-        tracks[b, t + 1, 1:] = 1 + assignment(cost[b, t])[tracks[b, t, 1:] - 1]
-    tracks = torch.from_numpy(tracks).to(x.device).unsqueeze(-1)  # (B,T,N,1)
-    return run_block(block, time(x.take_along_dim(tracks, dim=2)).take_along_dim(tracks.argsort(dim=2), dim=2))
-
-
-def shifted(block, x, _):
-    """TSM, in the attention branch: an eighth of the channels from the frame before, an eighth from the one after."""
-    def compute(x):
-        y = block.ln_1(x)
-        before, after, still = y.tensor_split([y.shape[-1] // 8, y.shape[-1] // 4], dim=-1)
-        before, after = F.pad(before[:, :-1], (0, 0, 0, 0, 1, 0)), F.pad(after[:, 1:], (0, 0, 0, 0, 0, 1))  # 0 at the ends
-        y = torch.cat([before, after, still], dim=-1).flatten(0, 1)  # (B*T,N,D)
-        x = x + block.attn(y, y).view_as(x)
-        return x + block.mlp(block.ln_2(x))
-    return block.run(compute, x)
-
-
-RIVALS = {  # name: (what builds a layer from width and frames, what runs it: (block, x, layer) -> x')
-    "none": (nn.Identity, lambda block, x, _: run_block(block, x)),
-    "average": (nn.Identity, lambda block, x, _: run_block(block, x, x[:, :, 1:].mean(dim=2, keepdim=True))),
-    "divided": (TimeAttention, lambda block, x, time: run_block(block, time(x))),  # TimeSformer: time, then space
-    "shift": (nn.Identity, shifted),
-    "hungarian": (TimeAttention, along_tracks),
-    "xclip": (lambda width, frames: nn.Sequential(nn.Linear(width, width), TimeAttention(width, frames)),
-              lambda block, x, messages: run_block(block, x, messages(x[:, :, :1]))),  # class tokens talk over time
-}
-
-
-class Rival(nn.Module):
-    """A rival around CLIP's block, or nothing."""
-    def __init__(self, width, grid, config):
-        super().__init__()
-        make, self.run = RIVALS[config.rival]
-        self.layer = make(width, config.frames)
-
-    def forward(self, x, block, delta):
-        return self.run(block, x, self.layer), x.new_zeros(()), None
-
-
-class PromptLayer(nn.Module):
-    """x + CA(LN x, v), then x + MLP(LN x): text x (B,C,E) looks at the video's v (B,P,E). [paper; released keys]"""
     def __init__(self, embed):
         super().__init__()
-        self.norm1, self.norm3, self.proj = nn.LayerNorm(embed), nn.LayerNorm(embed), nn.Linear(embed, embed)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(embed, embed, bias=False) for _ in range(3))
-        self.mlp = nn.Sequential(nn.Linear(embed, 4 * embed), QuickGELU(), nn.Identity(), nn.Linear(4 * embed, embed))
+        self.norm1 = nn.LayerNorm(embed)
+        self.norm3 = nn.LayerNorm(embed)
+        self.q_proj = nn.Linear(embed, embed, bias=False)
+        self.k_proj = nn.Linear(embed, embed, bias=False)
+        self.v_proj = nn.Linear(embed, embed, bias=False)
+        self.proj = nn.Linear(embed, embed)
+        self.mlp = nn.Sequential(
+            nn.Linear(embed, 4 * embed), QuickGELU(), nn.Identity(), nn.Linear(4 * embed, embed))
 
     def forward(self, x, v):
-        q, k, v = (y.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)  # (B,H,C or P,d)
-                   for y in (self.q_proj(self.norm1(x)), self.k_proj(v), self.v_proj(v)))
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q = split_heads(self.q_proj(self.norm1(x)))  # (B,H,C,d)
+        k, v = split_heads(self.k_proj(v)), split_heads(self.v_proj(v))  # (B,H,P,d)
+        heads = F.scaled_dot_product_attention(q, k, v)  # (B,H,C,d)
+        x = x + self.proj(heads.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm3(x))
 
 
-class VideoPrompt(nn.Module):
-    """Video-specific text: t' = t + alpha Dec(t, v), v = LN(mean over frames of LN(patches) W_vp). [paper]"""
+def split_heads(x):
+    """(B,n,E) -> (B,H,n,d)."""
+    return x.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)
+
+
+class VideoSpecificText(nn.Module):
+    """t' = t + alpha Dec(t, v), v = LN(mean over frames of LN(patches) W_vp). [paper]"""
+
     def __init__(self, width, embed):
         super().__init__()
-        self.patch_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(embed)
-        self.patch_proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
-        self.decoder = nn.ModuleList(initialised(PromptLayer(embed)) for _ in range(2))
+        self.patch_norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(embed)
+        self.patch_proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))  # W_vp
+        self.decoder = nn.ModuleList(start_normal(TextDecoderLayer(embed)) for _ in range(2))
         self.alpha = nn.Parameter(torch.full((embed,), 0.1))
 
     def forward(self, text, patches):
-        """Class embeddings (C,E), last patches (B,T,P,D) -> each video's (B,C,E). Neither is normalised."""
+        """Class embeddings (C,E), last patches (B,T,P,D) -> (B,C,E). Nothing is normalised."""
         v = self.norm(self.patch_norm(patches).mean(dim=1) @ self.patch_proj)  # (B,P,E)
-        x = text.expand(len(v), -1, -1)  # (B,C,E)
+        x = text.expand(v.shape[0], -1, -1)  # (B,C,E)
         for layer in self.decoder:
             x = layer(x, v)
         return text + self.alpha * x
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
+# ---- configuration -------------------------------------------------------------------------------
+
+CHOICES = {
+    "form": ("paper", "released", "released-ssv2"),
+    "align": ("adjacent", "first", "middle"),
+    "operator": ("convolution", "window"),
+    "use": ("mi", "add", "concat"),
+    "rival": ("ila", "none", "average", "divided", "shift", "hungarian", "xclip"),
+}
+
 
 @dataclass(frozen=True)
-class ILAConfig:  # tables are the paper's; forms "released" and "released-ssv2" fix align to rival
+class ILAConfig:
+    """ILA's settings. Tables are the paper's. The released forms fix `align` to `rival`."""
+
     frames: int = knob(8, "T")
     form: str = knob("paper", "paper, released, released-ssv2")
     num_classes: int | None = knob(
-        None, "SSv2's recipe: more convolutions, a linear head of so many classes, CLIP frozen")
-    align: str = knob(
-        "adjacent", "adjacent, first, middle: the frame that each is aligned with (Table 6)")
-    blocks: str = knob("all", "all, or a range from 1 such as 4-6: the blocks that align (Table 7)")
+        None, "SSv2's recipe: more convolutions, frozen CLIP, a linear head of so many classes")
+    align: str = knob("adjacent", "adjacent, first, middle: the partner of each frame (Table 6)")
+    blocks: str = knob("all", "which blocks align: all, or a range such as 4-6, from 1 (Table 7)")
     operator: str = knob("convolution", "convolution, window: how PointNet looks around (Table 8)")
-    use: str = knob("mi", "mi, add, concat: what becomes of the aligned features (Table 9)")
+    use: str = knob("mi", "mi, add, concat: how a block uses the aligned features (Table 9)")
     rival: str = knob("ila", "ila, none, average, divided, shift, hungarian, xclip (Table 4)")
     video_prompt: bool = knob(True, "video-specific text (Table 11)")
-    multi_frame: bool = knob(True, "the multi-frame block; False: the plain mean over frames")
-    align_weight: float = knob(
-        1.0, "of the alignment loss [released]; 0.01 where the model is tiny")
+    multi_frame: bool = knob(True, "multi-frame integration; false: the plain mean over frames")
+    align_weight: float = knob(1.0, "of the alignment loss [released]; 0.01 for tiny models")
 
     def __post_init__(self):
-        choices = {"form": ("paper", "released", "released-ssv2"), "align": ("adjacent", "first", "middle"),
-                   "operator": tuple(OPERATORS), "use": tuple(USES), "rival": ("ila", *RIVALS)}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         if self.frames < 2:
             raise ValueError(f"frames is {self.frames}; alignment needs at least 2")
-        if self.form != "paper" and (self.form == "released") != (self.num_classes is None):
-            raise ValueError(f"num_classes is {self.num_classes}; 'released' has none and 'released-ssv2' needs it")
-        changed = [name for name in ("align", "blocks", "operator", "use", "rival")
-                   if getattr(self, name) != type(self).__dataclass_fields__[name].default]
-        if self.form != "paper" and changed:
-            raise ValueError(f"form {self.form!r} is fixed; only 'paper' takes another {', '.join(changed)}")
+        if self.form != "paper":
+            self.check_released_form()
+
+    def check_released_form(self):
+        if (self.form == "released") != (self.num_classes is None):
+            raise ValueError(f"num_classes is {self.num_classes}; form 'released' takes none, "
+                             "and form 'released-ssv2' needs it")
+        for field in fields(self):
+            fixed = field.name in ("align", "blocks", "operator", "use", "rival")
+            if fixed and getattr(self, field.name) != field.default:
+                raise ValueError(f"form {self.form!r} has no other {field.name} than "
+                                 f"{field.default!r}; only form 'paper' has")
+
+
+def block_range(blocks, layers):
+    """The blocks, counted from 1, of "all" or of a range such as "4-6". Raises ValueError."""
+    if blocks == "all":
+        return range(1, layers + 1)
+    first, _, last = blocks.partition("-")
+    if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= layers:
+        return range(int(first), int(last) + 1)
+    raise ValueError(f"blocks is {blocks!r}; it must be 'all' or a range within 1-{layers}, "
+                     "such as 1-3")
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+def is_text(name):
+    """Whether a parameter of CLIP belongs to its text tower."""
+    return not name.startswith("visual.") and name != "logit_scale"
 
 
 class ILA(nn.Module):
-    """CLIP with aligned frames and the paper's heads: multi-frame integration, video-specific text or linear head."""
+    """CLIP with aligned frames, multi-frame integration, video-specific text or a linear head."""
+
     def __init__(self, clip, config=ILAConfig()):
         super().__init__()
         self.clip, self.config = clip, config
-        (width, embed), layers = clip.visual.proj.shape, len(clip.visual.transformer.resblocks)
-        grid = math.isqrt(len(clip.visual.positional_embedding) - 1)
-        limits = re.fullmatch(r"(\d+)-(\d+)", config.blocks.replace("all", f"1-{layers}"))
-        first, last = map(int, limits.groups() if limits else (0, 0))
-        if not 1 <= first <= last <= layers:
-            raise ValueError(f"blocks is {config.blocks!r}; it must be 'all' or a range within 1-{layers}, such as 1-3")
-        kind = Rival if config.rival != "ila" else Alignment if config.form == "paper" else ReleasedAlignment
-        self.aligners = nn.ModuleList(
-            kind(width, grid, config) if first <= i <= last else Rival(width, grid, replace(config, rival="none"))
-            for i in range(1, layers + 1))
-        self.integration = initialised(Block(embed)) if config.multi_frame else None
-        self.frame_positions = nn.Parameter(0.02 * torch.randn(1, config.frames, embed)) if config.multi_frame else None
-        self.head = None if config.num_classes is None else nn.Sequential(
-            nn.LayerNorm(embed), nn.Dropout(0.5), initialised(nn.Linear(embed, config.num_classes)))
-        self.video_prompt = VideoPrompt(width, embed) if config.video_prompt and self.head is None else None
-        self.register_buffer("delta", torch.tensor(DISTURBANCE, dtype=clip.visual.proj.dtype))
+        embed = clip.visual.embed
+        check_sizes(clip.visual, config)
+        self.aligners = make_aligners(clip.visual, config)
+        if config.multi_frame:
+            self.integration = start_normal(Block(embed))
+            self.frame_positions = nn.Parameter(0.02 * torch.randn(1, config.frames, embed))
+        else:
+            self.integration = self.frame_positions = None
+        self.head = self.video_prompt = None
+        if config.num_classes is not None:
+            linear = start_normal(nn.Linear(embed, config.num_classes))
+            self.head = nn.Sequential(nn.LayerNorm(embed), nn.Dropout(0.5), linear)
+        elif config.video_prompt:
+            self.video_prompt = VideoSpecificText(clip.visual.width, embed)
+        delta = torch.tensor(DISTURBANCE, dtype=clip.visual.class_embedding.dtype)
+        self.register_buffer("delta", delta)
         self.register_buffer("tokens", None, persistent=False)  # (C,L)
-        self.text_cache, self.names = TextCache(clip), None
-        self.to(clip.visual.proj)  # its device and dtype
+        self.text_cache = TextCache(clip)
+        self.names = None
+        self.to(clip.visual.class_embedding)  # its device and dtype
         for name, parameter in clip.named_parameters():
-            parameter.requires_grad_(self.head is None and (name.startswith("visual.") or name == "logit_scale"))
+            parameter.requires_grad_(self.head is None and not is_text(name))
 
     def set_epoch(self, epoch):
-        """Halves the disturbance of the training points in every epoch from the 30th on (epochs count from 0)."""
+        """Halves the disturbance of the training points in every epoch from 30 on (from 0)."""
         self.delta.fill_(DISTURBANCE * 0.5 ** max(0, epoch - DECAY_EPOCH))
 
     def set_classes(self, names):
-        """Class names as in the dataset's files; the text is the bare name. A linear head only checks that they are the
-        first ones, and as many as it has outputs."""
+        """Class names as in the dataset's files; the text is the bare name.
+
+        A linear head knows only the classes that it was trained on: their names are checked.
+        Raises ValueError.
+        """
+        names = list(no_string(names))
         if self.head is None:
             self.tokens = self.clip.tokenize(names)
             self.text_cache.drop()
-        elif len(names) != self.config.num_classes or self.names not in (None, [*names]):
-            raise ValueError(f"{len(names)} class names for a linear head of {self.config.num_classes} classes: it knows "
-                             "those that it was trained on alone")
-        self.names = [*names]
+        elif len(names) != self.config.num_classes or self.names not in (None, names):
+            raise ValueError(f"{len(names)} class names for a linear head of "
+                             f"{self.config.num_classes} classes: it knows only those that it was "
+                             "trained on")
+        self.names = names
 
     def class_text(self):
-        """Class embeddings (C,E), not normalised; kept in training too, unless the text tower is made to train."""
+        """Class embeddings (C,E), not normalised. Kept even in training: the text tower is frozen."""
         if self.tokens is None:
             raise ValueError("no classes yet: call set_classes(names) first")
-        trains = any(p.requires_grad for n, p in self.clip.named_parameters()
-                     if not n.startswith("visual.") and n != "logit_scale")
+        trains = any(p.requires_grad for name, p in self.clip.named_parameters() if is_text(name))
         return self.text_cache(lambda: self.clip.encode_text(self.tokens), frozen=not trains)
 
     def encode(self, video):
-        """(B,T,3,R,R) -> last block's rows (B,T,N,D), weighted alignment loss, points (B,T-1,2,2) per aligned block."""
+        """Normalised video (B,T,3,R,R) -> Aligned: the last block's rows x (B,T,N,D), the weighted
+        alignment loss, and a list with the points (B,T-1,2,2) of each aligned block."""
         if video.dim() != 5 or video.shape[1] != self.config.frames:
-            raise ValueError(f"video of shape {tuple(video.shape)}; this model takes (B,{self.config.frames},3,R,R)")
-        visual, loss, points = self.clip.visual, 0, []
-        x = visual.ln_pre(visual.tokens(video.flatten(0, 1)) + visual.positional_embedding)  # (B*T,N,D)
+            raise ValueError(f"video of shape {tuple(video.shape)}; this model takes "
+                             f"(B,{self.config.frames},3,R,R)")
+        visual = self.clip.visual
+        x = visual.ln_pre(visual.tokens(video.flatten(0, 1)) + visual.positional_embedding)
         x = x.unflatten(0, video.shape[:2])  # (B,T,N,D)
+        loss, points = x.new_zeros(()), []
+        delta = self.delta if self.training else None
         for block, aligner in zip(visual.transformer.resblocks, self.aligners):
-            x, block_loss, pair_points = aligner(x, block, self.delta if self.training else None)
-            loss = loss + self.config.align_weight * block_loss  # weight * sum over blocks of L_align [paper]
-            points += [] if pair_points is None else [pair_points]
-        return x, loss, points
-
-    @torch.no_grad()
-    def interactive_points(self, video):
-        """For pictures: the point of each frame, (B,T,2) for each aligned block, first to last."""
-        pair, side = frame_pairs(self.config.frames, self.config.align)[1].T
-        return [points[:, pair, side] for points in self.encode(video)[2]]
+            aligned = aligner(x, block, delta)
+            x = aligned.x
+            loss = loss + self.config.align_weight * aligned.loss  # weight * sum of L_align [paper]
+            if aligned.points is not None:
+                points.append(aligned.points)
+        return Aligned(x, loss, points)
 
     def integrate(self, x):
         """Last block's rows (B,T,N,D) -> the video's feature (B,E), not normalised."""
-        feature = frames = self.clip.visual.ln_post(x[:, :, 0]) @ self.clip.visual.proj  # (B,T,E)
+        feature = frames = self.clip.visual.project(x[:, :, 0])  # (B,T,E)
         if self.integration is not None:  # mean over t of Block(f + position) + f [paper]
             feature = self.integration(frames + self.frame_positions) + frames
         return feature.mean(dim=1)
 
     def encode_video(self, video):
         """Normalised video (B,T,3,R,R) -> its feature (B,E), not normalised."""
-        return self.integrate(self.encode(video)[0])
+        return self.integrate(self.encode(video).x)
 
     def forward(self, video):
-        """Normalised video (B,T,3,R,R) -> logits (B,C), and the weighted alignment loss, a scalar."""
+        """Normalised video (B,T,3,R,R) -> logits (B,C), and the weighted alignment loss."""
         x, loss, _ = self.encode(video)
         feature = self.integrate(x)
         if self.head is not None:
@@ -435,25 +426,334 @@ class ILA(nn.Module):
             text = self.video_prompt(text, x[:, :, 1:])  # (B,C,E)
         return cosine_logits(feature, text, self.clip.logit_scale), loss
 
+    @torch.no_grad()
+    def interactive_points(self, video):
+        """For pictures: the point of each frame, (B,T,2) for each aligned block, first to last."""
+        _, own = frame_pairs(self.config.frames, self.config.align)
+        pair, side = own.T
+        return [points[:, pair, side] for points in self.encode(video).points]
 
-RELEASED_NAMES = {  # released name, from its start: ours
-    r"(module\.)?": "clip.", r"clip\.mit\.positional_embedding": "frame_positions", r"clip\.mit\.classify_head": "head",
-    r"clip\.visual\.transformer\.resblocks\.(\d+)\.(?:message_attn\.|(?=message_|temporal_))": r"aligners.\1.",
-    r"clip\.mit\.resblocks\.0": "integration", r"clip\.prompts_visual_ln": "video_prompt.patch_norm",
-    r"clip\.prompts_visual_proj": "video_prompt.patch_proj", r"clip\.prompts_generator": "video_prompt",
-    r"(video_prompt\.decoder\.\d\.)cross_attn\.": r"\1"}
+
+# ---- the released form ---------------------------------------------------------------------------
+
+def over_frames(first, second):
+    """Features of the pairs' two frames, (B,T-1,...) each -> of the frames (B,T,...). [released]"""
+    # a_0 = first_0,  a_t = (first_t + second_{t-1}) / 2,  a_{T-1} = second_{T-2}
+    middle = (first[:, 1:] + second[:, :-1]) / 2
+    return torch.cat([first[:, :1], middle, second[:, -1:]], dim=1)
+
+
+def conv_norm_relu(c_in, c_out, kernel=3, groups=1):
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+def conv_norm_pool_relu(c_in, c_out):
+    conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.MaxPool2d(2), nn.ReLU())
+
+
+class SeparableConv(nn.Module):
+    """3x3 on each channel, then 1x1 over all. [released key names]"""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.depthwise_conv = conv_norm_relu(c_in, c_in, groups=c_in)
+        self.pointwise_conv = conv_norm_relu(c_in, c_out, kernel=1)
+
+    def forward(self, maps):
+        return self.pointwise_conv(self.depthwise_conv(maps))
+
+
+class ReleasedAlignment(nn.Module):
+    """What the public code computes instead of the paper's block, under its key names. [released]
+
+    u = LN_m(W_m x); aligned features a = masks . u; interactive features I of the points' maps;
+    CLIP's block on x + W_a a + W_i I.
+    """
+
+    def __init__(self, width, grid, config):
+        super().__init__()
+        self.grid, c = grid, CHANNELS
+        self.message_fc = nn.Linear(width, width)  # W_m
+        self.message_ln = nn.LayerNorm(width)
+        if config.form == "released-ssv2":
+            first = conv_norm_relu(2 * width, 2 * c)  # three layers of the sequence below
+        else:
+            first = [SeparableConv(2 * width, 2 * c)]  # one of its layers
+        self.interactive_block = nn.Sequential(*first, *conv_norm_relu(2 * c, 2 * c))
+        self.prediction_block = nn.Sequential(
+            *conv_norm_pool_relu(2 * c, c), *conv_norm_pool_relu(c, c),
+            nn.AdaptiveMaxPool2d(1), nn.Flatten(2),
+            nn.Conv1d(c, c // 2, 1, groups=2), nn.ReLU(),
+            start_zero(nn.Conv1d(c // 2, 4, 1, groups=2)), nn.Tanh())
+        self.conv = nn.Conv3d(c, c, (3, 1, 1), padding=(1, 0, 0))  # over time
+        self.fc = nn.Linear(c, width)
+        self.temporal_skip_align_fc = start_zero(nn.Linear(width, width))  # W_a
+        self.temporal_skip_fc = start_zero(nn.Linear(width, width))  # W_i
+        for convolutions in (self.interactive_block, self.prediction_block):
+            convolutions.to(memory_format=torch.channels_last)  # as in PointNet
+
+    def forward(self, x, block, delta):
+        B, T = x.shape[:2]
+        u = self.message_ln(self.message_fc(x))  # (B,T,N,D)
+        cls, patches = u[:, :, :1], u[:, :, 1:]
+        pairs = torch.cat([patches[:, :-1], patches[:, 1:]], dim=-1)  # (B,T-1,P,2D)
+        h = self.interactive_block(as_maps(pairs))  # (B*(T-1),2c,g,g)
+        points = REACH * self.prediction_block(h).view(B, T - 1, 2, 2)
+        masks = interactive_mask(points, self.grid, delta).flatten(3).unsqueeze(4)  # (B,T-1,2,P,1)
+        first = masks[:, :, 0] * patches[:, :-1]  # (B,T-1,P,D)
+        second = masks[:, :, 1] * patches[:, 1:]  # (B,T-1,P,D)
+        a = torch.cat([cls, over_frames(first, second)], dim=2)  # (B,T,N,D)
+        i = torch.cat([cls, self.interactive_features(h, B)], dim=2)  # (B,T,N,D)
+        x = x + self.temporal_skip_align_fc(a) + self.temporal_skip_fc(i)
+        loss = alignment_loss(first.mean(dim=2), second.mean(dim=2))
+        return Aligned(run_block(block, x), loss, points)
+
+    def interactive_features(self, h, B):
+        """The pairs' maps h (B*(T-1),2c,g,g), half of the channels for each frame -> (B,T,P,D)."""
+        h = h.flatten(2).mT.unflatten(0, (B, -1))  # (B,T-1,P,2c)
+        h = over_frames(*h.chunk(2, dim=-1))  # (B,T,P,c)
+        h = self.conv(h.movedim(-1, 1).unsqueeze(-1))  # (B,c,T,P,1)
+        return self.fc(h.squeeze(-1).movedim(1, -1))
+
+
+# A released key is rewritten by each of these patterns in turn, from its start. The order matters:
+# first every key becomes "clip.*", then what is not CLIP's own gets another name.
+RELEASED_NAMES = (
+    (r"(module\.)?", "clip."),
+    (r"clip\.mit\.positional_embedding", "frame_positions"),
+    (r"clip\.mit\.classify_head", "head"),
+    (r"clip\.visual\.transformer\.resblocks\.(\d+)\.message_attn\.", r"aligners.\1."),
+    (r"clip\.visual\.transformer\.resblocks\.(\d+)\.(message_|temporal_)", r"aligners.\1.\2"),
+    (r"clip\.mit\.resblocks\.0", "integration"),
+    (r"clip\.prompts_visual_ln", "video_prompt.patch_norm"),
+    (r"clip\.prompts_visual_proj", "video_prompt.patch_proj"),
+    (r"clip\.prompts_generator", "video_prompt"),
+    (r"(video_prompt\.decoder\.\d\.)cross_attn\.", r"\1"),
+)
 
 
 def load_released(model, state_dict):
-    """Loads a released ILA state_dict (with "module." or without) into an ILA of form "released" or "released-ssv2".
-    Strict, but the latter may lack the text tower, as its checkpoints do. Raises ValueError that lists the keys."""
-    state = {k: v for k, v in model.state_dict().items()  # what released checkpoints do not hold
-             if k == "delta" or model.head is not None and re.match(r"clip\.(?!visual\.)", k)}
+    """Loads a released ILA state_dict ("module." or not) into an ILA of a released form, strictly.
+
+    Form "released-ssv2" may lack the text tower, as its files do. Raises ValueError with the keys.
+    """
+    state = {}
+    for key, value in model.state_dict().items():  # what released files do not hold
+        text = key.startswith("clip.") and is_text(key.removeprefix("clip."))
+        if key == "delta" or model.head is not None and (text or key == "clip.logit_scale"):
+            state[key] = value
     for key, value in state_dict.items():
-        for pattern, name in RELEASED_NAMES.items():
+        for pattern, name in RELEASED_NAMES:
             key = re.sub("^" + pattern, name, key)
         state[key] = torch.as_tensor(value)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError("not released weights of this model: " + " ".join(str(error).split())) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"not released weights of this model: {reason}") from error
+
+
+# ---- rivals in the same tower [paper, Table 4] ---------------------------------------------------
+
+def assignment(cost):
+    """The cheapest one-to-one matching: costs (n,n), an array -> (n,) the column of each row.
+
+    Kuhn-Munkres with potentials, O(n^3): rows enter one by one, and Dijkstra over reduced costs
+    finds each a path to a free column. Everything counts from 1; column 0 holds the new row.
+    """
+    n = len(cost)
+    u, v = np.zeros(n + 1), np.zeros(n + 1)  # cost - u - v >= 0, and 0 for matched pairs
+    row_of = np.zeros(n + 1, int)  # of a column; 0: the column is free
+    came_from = np.zeros(n + 1, int)  # the column before it on the path
+    for new_row in range(1, n + 1):
+        row_of[0], column = new_row, 0
+        distance = np.full(n + 1, np.inf)
+        distance[0] = 0
+        done = np.zeros(n + 1, bool)
+        while row_of[column]:
+            done[column], row = True, row_of[column]
+            reach = distance[column] + cost[row - 1] - u[row] - v[1:]
+            reach = np.append(np.inf, reach)
+            closer = ~done & (reach < distance)
+            distance[closer], came_from[closer] = reach[closer], column
+            column = np.where(done, np.inf, distance).argmin()
+        u[row_of[done]] += distance[column] - distance[done]
+        v[done] -= distance[column] - distance[done]
+        while column:  # every row on the path moves over by one column
+            row_of[column] = row_of[came_from[column]]
+            column = came_from[column]
+    return row_of[1:].argsort()
+
+
+def earth_movers_distance(a, b):
+    """Mean distance that n equally heavy points a (n,D) travel to b (n,D), a float.
+
+    [paper, Table 5; Euclidean distance: ours]
+    """
+    cost = torch.cdist(a.detach().double(), b.detach().double()).cpu().numpy()
+    return float(cost[np.arange(len(cost)), assignment(cost)].mean())
+
+
+class TimeAttention(nn.Module):
+    """x + Attn(LN(x + position)) along time: a row of (B,T,n,D) meets that row of all frames."""
+
+    def __init__(self, width, frames):
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(frames, 1, width))
+        self.norm = nn.LayerNorm(width)
+        self.attn = start_normal(Attention(width))
+        start_zero(self.attn.out_proj)
+
+    def forward(self, x):
+        y = self.norm(x + self.position).transpose(1, 2)  # (B,n,T,D)
+        return x + self.attn(y, y).transpose(1, 2)
+
+
+class NoAlignment(nn.Module):
+    """CLIP's block on each frame by itself."""
+
+    def __init__(self, width, frames):
+        super().__init__()
+
+    def forward(self, x, block, delta):
+        return Aligned(run_block(block, x))
+
+
+class AveragePooling(nn.Module):
+    """An MI token without a mask: the mean of the frame's patches."""
+
+    def __init__(self, width, frames):
+        super().__init__()
+
+    def forward(self, x, block, delta):
+        return Aligned(run_block(block, x, x[:, :, 1:].mean(dim=2, keepdim=True)))
+
+
+class DividedAttention(nn.Module):
+    """TimeSformer: attention along time, then CLIP's block in space."""
+
+    def __init__(self, width, frames):
+        super().__init__()
+        self.layer = TimeAttention(width, frames)
+
+    def forward(self, x, block, delta):
+        return Aligned(run_block(block, self.layer(x)))
+
+
+class TemporalShift(nn.Module):
+    """TSM in the attention branch: an eighth of the channels from the frame before, an eighth from
+    the frame after, zeros at the ends."""
+
+    def __init__(self, width, frames):
+        super().__init__()
+
+    def forward(self, x, block, delta):
+        return Aligned(block.run(self.shifted_block, block, x))
+
+    def shifted_block(self, block, x):
+        y = block.ln_1(x)  # (B,T,N,D)
+        eighth = y.shape[-1] // 8
+        before = F.pad(y[:, :-1, :, :eighth], (0, 0, 0, 0, 1, 0))  # (B,T,N,D/8)
+        after = F.pad(y[:, 1:, :, eighth:2 * eighth], (0, 0, 0, 0, 0, 1))  # (B,T,N,D/8)
+        y = torch.cat([before, after, y[..., 2 * eighth:]], dim=-1).flatten(0, 1)  # (B*T,N,D)
+        x = x + block.attn(y, y).view_as(x)
+        return x + block.mlp(block.ln_2(x))
+
+
+class HungarianAlignment(nn.Module):
+    """ATA: patches of adjacent frames are matched one to one by cosine, and attention along time
+    follows the tracks. The matching is exact and runs on the CPU: slow at full size."""
+
+    def __init__(self, width, frames):
+        super().__init__()
+        self.layer = TimeAttention(width, frames)
+
+    def forward(self, x, block, delta):
+        tracks = self.tracks(x)  # (B,T,N,1)
+        x = self.layer(x.take_along_dim(tracks, dim=2))
+        x = x.take_along_dim(tracks.argsort(dim=2), dim=2)  # every row back in its place
+        return Aligned(run_block(block, x))
+
+    @torch.no_grad()
+    def tracks(self, x):
+        """x (B,T,N,D) -> (B,T,N,1): the row of frame t to which each row of frame 0 has moved."""
+        B, T, N, _ = x.shape
+        unit = F.normalize(x[:, :, 1:], dim=-1)
+        cost = -(unit[:, :-1] @ unit[:, 1:].mT).double().cpu().numpy()  # (B,T-1,P,P)
+        tracks = np.tile(np.arange(N), (B, T, 1))  # the class row stays where it is
+        for b in range(B):
+            for t in range(T - 1):
+                match = assignment(cost[b, t])  # (P,)
+                tracks[b, t + 1, 1:] = 1 + match[tracks[b, t, 1:] - 1]
+        return torch.from_numpy(tracks).to(x.device).unsqueeze(-1)
+
+
+class FrameMessages(nn.Module):
+    """X-CLIP: each frame's class token makes a message, messages attend to each other along time,
+    and a frame's own joins its keys and values."""
+
+    def __init__(self, width, frames):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(width, width), TimeAttention(width, frames))
+
+    def forward(self, x, block, delta):
+        return Aligned(run_block(block, x, self.layer(x[:, :, :1])))
+
+
+RIVALS = {
+    "none": NoAlignment, "average": AveragePooling, "divided": DividedAttention,
+    "shift": TemporalShift, "hungarian": HungarianAlignment, "xclip": FrameMessages,
+}
+
+
+# ---- what stands before a block ------------------------------------------------------------------
+
+class WindowAttention(nn.Module):
+    """In place of a 3x3 convolution, each position attends to its 3x3 window. [paper, Table 8]
+
+    Beyond the border there are zeros. (n,c_in,g,g) -> (n,c_out,g,g); groups have no meaning here.
+    """
+
+    def __init__(self, c_in, c_out, groups=1):
+        super().__init__()
+        self.attn = start_normal(Attention(c_in))
+        self.attn.out_proj = nn.Linear(c_in, c_out)
+
+    def forward(self, maps):
+        n, c, g, _ = maps.shape
+        windows = F.unfold(maps, 3, padding=1).view(n, c, 9, g * g)
+        windows = windows.permute(0, 3, 2, 1)  # (n,g*g,9,c)
+        middle = windows[:, :, 4:5]  # (n,g*g,1,c)
+        return self.attn(middle, windows).squeeze(2).mT.unflatten(2, (g, g))
+
+
+def make_aligners(visual, config):
+    """One aligner for each block of the tower: config.form's or config.rival's in config.blocks,
+    and NoAlignment in the other blocks."""
+    width, layers = visual.width, len(visual.transformer.resblocks)
+    local = WindowAttention if config.operator == "window" else conv3x3
+    aligned = block_range(config.blocks, layers)
+    aligners = nn.ModuleList()
+    for i in range(1, layers + 1):
+        if i not in aligned:
+            aligners.append(NoAlignment(width, config.frames))
+        elif config.rival != "ila":
+            aligners.append(RIVALS[config.rival](width, config.frames))
+        elif config.form == "paper":
+            aligners.append(Alignment(width, visual.grid, config, local))
+        else:
+            aligners.append(ReleasedAlignment(width, visual.grid, config))
+    return aligners
+
+
+def check_sizes(visual, config):
+    """Raises ValueError for a tower whose sizes these settings cannot take."""
+    video_prompt = config.video_prompt and config.num_classes is None
+    if visual.embed % HEAD_WIDTH and (config.multi_frame or video_prompt):
+        raise ValueError(f"this CLIP's joint width {visual.embed} is no multiple of the head width "
+                         f"{HEAD_WIDTH}: set multi_frame=false and video_prompt=false")
+    if config.form != "paper" and visual.grid < 4:
+        raise ValueError(f"form {config.form!r} halves the patches twice and needs 4 x 4 or more; "
+                         f"this CLIP has {visual.grid} x {visual.grid}: set form=paper")

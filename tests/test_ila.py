@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from helpers import tiny_clip
 
-from ila import (ILA, RIVALS, ILAConfig, Rival, WindowAttention, assignment, earth_movers_distance, frame_pairs,
-                 initialised, interactive_mask)
+from ila import (ILA, RIVALS, ILAConfig, WindowAttention, assignment, earth_movers_distance, frame_pairs,
+                 interactive_mask)
 
 NAMES = ["red to blue", "blue to red", "a dog"]
 
@@ -25,6 +25,16 @@ def lively(module, seed=0):
             noise = torch.randn(tensor.shape, generator=rng, dtype=torch.float64).to(tensor)
             scale = 0.5 if name.endswith("point.weight") else 0.1
             tensor += scale * (noise.abs() if name.endswith("running_var") else noise)
+    return module
+
+
+def shaken(module):
+    """The module with matrices of deviation 0.1 and biases of 0."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+        elif parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
     return module
 
 
@@ -150,7 +160,7 @@ def test_identical_frames_have_no_alignment_loss_when_points_agree():
 def test_window_attention_equals_a_loop():
     torch.manual_seed(0)
     layer = WindowAttention(128, 64).double()
-    initialised(layer, 0.1)
+    shaken(layer)
     maps = torch.randn(2, 128, 3, 4, 4, dtype=torch.float64)[:, :, 0]
     with torch.no_grad():
         got = layer(maps)
@@ -186,8 +196,8 @@ def test_earth_movers_distance():
 
 def rival_block(name, frames=4):
     torch.manual_seed(0)
-    rival = lively(Rival(128, 4, ILAConfig(frames=frames, rival=name)).double())
-    return rival, initialised(tiny_clip(torch.float64).visual.transformer.resblocks[0], 0.1)
+    rival = lively(RIVALS[name](128, frames).double())
+    return rival, shaken(tiny_clip(torch.float64).visual.transformer.resblocks[0])
 
 
 def test_temporal_shift_equals_a_loop():
