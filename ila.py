@@ -379,7 +379,7 @@ class ILA(nn.Module):
         self.names = names
 
     def class_text(self):
-        """Class embeddings (C,E), not normalised. Kept even in training: the text tower is frozen."""
+        """Class embeddings (C,E), not normalised; kept even in training, as the tower is frozen."""
         if self.tokens is None:
             raise ValueError("no classes yet: call set_classes(names) first")
         trains = any(p.requires_grad for name, p in self.clip.named_parameters() if is_text(name))

@@ -292,6 +292,36 @@ def test_configuration_errors():
         toy()(clips(frames=5))
     with pytest.raises(ValueError, match="3 class names"):
         toy(num_classes=4)
+    with pytest.raises(ValueError, match="list of strings"):
+        toy(num_classes=3).set_classes("abc")
+
+
+def test_sizes_that_a_form_cannot_take():
+    odd = tiny_clip(embed=96)  # no multiple of the head width
+    for changes in (dict(), dict(multi_frame=False), dict(num_classes=3), dict(form="released")):
+        with pytest.raises(ValueError, match="joint width 96 .* multi_frame=false"):
+            ILA(odd, ILAConfig(frames=4, **changes))
+    plain = ILA(odd, ILAConfig(frames=4, multi_frame=False, video_prompt=False)).eval()
+    plain.set_classes(NAMES)
+    assert plain(clips(dtype=torch.float32))[0].shape == (2, 3)
+    linear = ILA(odd, ILAConfig(frames=4, multi_frame=False, num_classes=3)).eval()
+    assert linear(clips(dtype=torch.float32))[0].shape == (2, 3)
+    for resolution in (8, 16, 24):
+        small = tiny_clip(resolution=resolution)
+        for changes in (dict(form="released"), dict(form="released-ssv2", num_classes=3)):
+            with pytest.raises(ValueError, match="form=paper"):
+                ILA(small, ILAConfig(frames=4, **changes))
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(num_classes=3), dict(operator="window"), dict(form="released"),
+                                     dict(form="released-ssv2", num_classes=3)], ids=str)
+def test_gradients_lie_in_memory_as_their_parameters_do(changes):
+    """Else every process of a DDP run warns, and copies."""
+    model = toy(dtype=torch.float32, **changes).train()
+    logits, loss = model(clips(dtype=torch.float32))
+    (logits.sum() + loss).backward()
+    differ = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.stride() != p.stride()]
+    assert differ == []
 
 
 # ---- the model: modes, text, what trains -----------------------------------------------------------------------------
