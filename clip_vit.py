@@ -14,7 +14,6 @@ Letters, here and in every file: B videos, T frames, P patches, N = 1 + P tokens
 D width, E joint width, H heads of width d, C classes, L text length, R image side in pixels.
 """
 
-import dataclasses
 import gzip
 import hashlib
 import html
@@ -28,7 +27,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -506,7 +505,7 @@ def vision_only(state, activation=None, head_width=None):
 
 def knob(default, help):
     """A setting in a configuration dataclass: its default, and the words that --help has for it."""
-    return dataclasses.field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 def split_capitals(name):
@@ -518,11 +517,48 @@ def split_capitals(name):
 
 
 def cosine_logits(video, text, logit_scale):
-    """exp(s) cos(video, text): video (B,E), text (C,E) or (B,C,E) -> logits (B,C)."""
+    """exp(s) cos(video, text): video (B,E), text (C,E) or (B,C,E) -> logits (B,C).
+
+    [ours] Under autocast it is computed in float32: 16 bits would round logits of 16 to 32 to steps
+    of 1/8, and classes would tie.
+    """
+    device = video.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        video = video.to(torch.promote_types(video.dtype, torch.float32))
+        text = text.to(torch.promote_types(text.dtype, torch.float32))
+        with torch.autocast(device, enabled=False):
+            return cosine_logits(video, text, logit_scale)
     video, text = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
     if text.dim() == 2:
         return logit_scale.exp() * video @ text.T
     return logit_scale.exp() * (text @ video.unsqueeze(-1)).squeeze(-1)  # a text for each video
+
+
+def class_tokens(clip, names, templates):
+    """C class names, put into each of n templates such as "a video of {}." -> token ids (n,C,L).
+
+    Raises ValueError if there is no template, or one without {}.
+    """
+    if not no_string(templates):
+        raise ValueError("there are no prompt templates; give one, such as 'a video of {}.'")
+    tokens = []
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"prompt {template!r:.100} has no {{}} for the class name")
+        tokens.append(clip.tokenize([template.replace("{}", name) for name in no_string(names)]))
+    return torch.stack(tokens)
+
+
+def class_features(clip, tokens):
+    """Token ids (n,C,L) of n templates -> class features (C,E).
+
+    One template: its features, not normalised. Several: the mean of their normalised features
+    (prompt ensembling, Radford et al. 2021, section 3.1.4).
+    """
+    features = [clip.encode_text(one) for one in tokens]  # n of (C,E)
+    if len(features) == 1:
+        return features[0]
+    return torch.stack([F.normalize(one, dim=-1) for one in features]).mean(dim=0)
 
 
 def autocast_state():
@@ -584,30 +620,46 @@ class PoolConfig:
 
 class FramePool(nn.Module):
     """ViFi-CLIP (Rasheed et al. 2023): the frames' features are averaged over time and compared
-    with the text "a photo of a {name}.". It cannot see the order of frames."""
+    with the text "a photo of a {name}.". It cannot see the order of frames.
+
+    encode_video and encode_names are the way to embed; their cosine is the similarity.
+    """
 
     def __init__(self, clip, config=PoolConfig()):
         super().__init__()
         require_text(clip, "frame pooling")
         self.clip, self.config = clip, config
         self.text_cache = TextCache(clip)
-        self.register_buffer("tokens", None, persistent=False)
+        self.register_buffer("tokens", None, persistent=False)  # (n,C,L) of n templates
         clip.token_embedding.requires_grad_(False)  # [released] the only CLIP tensor not trained
 
-    def set_classes(self, names):
-        """Sets the classes. Names are as in the dataset's files; underscores stay [released]."""
-        names = [split_capitals(name) for name in no_string(names)]
-        self.tokens = self.clip.tokenize([f"{self.config.prompt} {name}." for name in names])
+    def set_classes(self, names, templates=None):
+        """Sets the classes. Names are as in the dataset's files; underscores stay [released].
+
+        `templates` are strings such as "a video of {}.", in place of the configured prompt.
+        """
+        self.tokens = self.name_tokens(names, templates)
         self.text_cache.drop()
+
+    def name_tokens(self, names, templates=None):
+        """C names, n templates -> token ids (n,C,L)."""
+        if templates is None:
+            templates = [self.config.prompt + " {}."]
+        names = [split_capitals(name) for name in no_string(names)]
+        return class_tokens(self.clip, names, templates)
 
     def encode_video(self, video):
         """Normalised video (B,T,3,R,R) -> its frames' mean feature (B,E), not normalised."""
         frames = self.clip.encode_image(video.flatten(0, 1))  # (B*T,E)
         return frames.unflatten(0, video.shape[:2]).mean(dim=1)
 
+    def encode_names(self, names, video=None, templates=None):
+        """C class names -> their texts' features (C,E), not normalised; no video changes them."""
+        return class_features(self.clip, self.name_tokens(names, templates))
+
     def class_text(self):
-        """Features of the classes' texts (C,E), not normalised."""
-        return self.clip.encode_text(self.tokens)
+        """Features of the classes that were set (C,E), not normalised."""
+        return class_features(self.clip, self.tokens)
 
     def forward(self, video):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""

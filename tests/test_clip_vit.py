@@ -68,6 +68,44 @@ def test_frame_pooling_is_the_mean_of_the_frames_and_blind_to_their_order():
     torch.testing.assert_close(model(video.flip(1))[0], expected, rtol=0, atol=1e-11)
 
 
+@torch.no_grad()
+def test_templates_are_averaged_as_normalised_features():
+    model = FramePool(tiny_clip(torch.float64), PoolConfig("a pic")).eval()
+    names, video = ["redBall", "blue_ball"], torch.randn(2, 3, 3, 32, 32, dtype=torch.float64)
+    def features(texts):
+        return model.clip.encode_text(model.clip.tokenize(texts))
+    plain = features(["a pic red Ball.", "a pic blue_ball."])
+    assert torch.equal(model.encode_names(names), plain)
+    several = torch.stack([nn.functional.normalize(features([t.replace("{}", n) for n in ("red Ball", "blue_ball")]))
+                           for t in ("a {}", "{}!", "a pic {}.")]).mean(0)
+    templates = ["a {}", "{}!", "a pic {}."]
+    torch.testing.assert_close(model.encode_names(names, video, templates), several, rtol=0, atol=1e-14)
+    model.set_classes(names, templates)
+    want = clip_vit.cosine_logits(model.encode_video(video), several, model.clip.logit_scale)
+    torch.testing.assert_close(model(video)[0], want, rtol=0, atol=1e-13)
+    for wrong, words in (([], "no prompt templates"), (["a {}", "none"], "'none' has no {}"), ("a {}", "list of strings")):
+        with pytest.raises(ValueError, match=words):
+            model.set_classes(names, wrong)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared text", "text of each video"])
+def test_logits_are_not_rounded_under_autocast(own):
+    """In 16 bits logits near 25 come in steps of 1/8, so that most classes tie with another."""
+    video, noise = torch.randn(3, 512), torch.randn(400, 512)
+    text = video.mean(0) + 4 * noise  # CLIP's cosines: all alike
+    text = text.expand(3, -1, -1) if own else text
+    scale = torch.tensor(100.0).log()
+    exact = clip_vit.cosine_logits(video.double(), text.double(), scale.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = clip_vit.cosine_logits(video, text, scale)
+        rounded = clip_vit.cosine_logits(video.bfloat16(), text.bfloat16(), scale)  # as the towers give them
+        double = clip_vit.cosine_logits(video.double(), text.double(), scale.double())
+    assert torch.equal(logits, clip_vit.cosine_logits(video, text, scale)) and torch.equal(double, exact)
+    assert logits.dtype == rounded.dtype == torch.float32 and len(rounded[0].unique()) == 400
+    torch.testing.assert_close(rounded, exact.float(), rtol=0, atol=0.1)
+    assert clip_vit.cosine_logits(video.bfloat16(), text.bfloat16(), scale.bfloat16()).dtype == torch.bfloat16
+
+
 def test_towers_take_activation_head_width_and_mlp_width():
     """Each argument changes the tower it is for, as nn.MultiheadAttention and F.gelu say."""
     block = clip_vit.Block(160, mlp_width=96, head_width=80, activation="gelu", eps=1e-3).double()
@@ -118,7 +156,7 @@ def test_the_text_is_kept_only_while_no_weight_can_change():
     assert model.clip.text_projection.grad.abs().sum() > 0
     optimizer.step()
     with torch.no_grad():
-        text = model.clip.encode_text(model.tokens)
+        text = model.clip.encode_text(model.tokens[0])
         after, fresh = model(video)[0], clip_vit.cosine_logits(model.encode_video(video), text, model.clip.logit_scale)
         assert torch.equal(after, fresh) and not torch.equal(after, before)
         model.clip.text_projection.data.mul_(torch.randn_like(model.clip.text_projection))
