@@ -214,6 +214,7 @@ EVAL = [
     ("--video {v} --classes {t}/unnamed.csv", "id 1 has no name"), ("--video {v} --classes {t}/twice.csv", "or several: 'a'"),
     ("--video {v} --classes {t}/number.json", "number.json: expected"),
     ("--video {v} --classes a --data d", "--data means"),
+    ("--video {v} --classes a --workers 3", "--workers means nothing to --video"),
     ("--video {v} --classes a --temporal {t}/text", "--temporal means"),
     ("--video {v} --classes a --num-classes 3", "--num-classes"),
     ("--video {v} --classes a --clip nowhere.pt", "nowhere.pt"),
@@ -268,7 +269,7 @@ def test_too_little_memory_is_told_in_one_line(error, capsys):
     def main(_):
         raise error
     assert evaluation.run_command(main, lambda: None) == 2
-    assert re.fullmatch(r"error: memory is out: lower micro_batch .*--batch.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: out of memory: lower micro_batch .*--batch.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("local, waits", [("0", []), ("3", [5])])

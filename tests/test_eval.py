@@ -29,7 +29,10 @@ def checkpoint(world, tmp_path_factory):
 
 
 def evaluate(*words):
-    return evaluation.run_command(evaluation.main, lambda: evaluation.parse_args([*map(str, words), "--workers", "0"]))
+    words = [*map(str, words)]
+    if "--video" not in words:
+        words += ["--workers", "0"]
+    return evaluation.run_command(evaluation.main, lambda: evaluation.parse_args(words))
 
 
 @pytest.mark.parametrize("make", [FramePool, lambda clip: TCCLIP(clip, TCConfig(frames=2, context_tokens=8)), ILA])

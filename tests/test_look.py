@@ -201,7 +201,7 @@ def test_a_strip_of_many_windows_shows_all_of_the_time(world, tmp_path, monkeypa
     pictures = [np.full((32, 32, 3), i % 256, np.uint8) for i in range(700)]
     data.write_clip(tmp_path / "long.mp4", np.stack(pictures))
     shown = []
-    monkeypatch.setattr(evaluation, "text", lambda draw, xy, words, *rest, **more: shown.append((xy[1], words)))
+    monkeypatch.setattr(evaluation, "draw_text", lambda draw, xy, words, *rest, **more: shown.append((xy[1], words)))
     assert evaluate("--video", tmp_path / "long.mp4", "--classes", NAMES, "--clip", world / "clip.pt", "--every", "0.5",
                     "--picture", tmp_path / "p.png") == 0
     duration = 700 / 8

@@ -63,7 +63,7 @@ def test_curves_have_round_ticks_and_a_point_for_each_epoch(tmp_path, words):
     (lambda clip: ILA(clip, ILAConfig(frames=8)), 2), (lambda clip: ILA(clip, ILAConfig(frames=8, rival="none")), 1)])
 def test_every_model_shows_its_frames_and_what_it_has(tmp_path, words, model, rows):
     model, clip = model(tiny_clip()).eval(), clip_of()
-    evaluation.draw_seen(model, clip, tmp_path / "seen.png", ["a", "b" * 200], [0.75, -0.1])
+    evaluation.draw_clip(model, clip, tmp_path / "seen.png", ["a", "b" * 200], [0.75, -0.1])
     image = pixels(tmp_path / "seen.png")
     side = 1400 // 8 - 6
     assert image.shape == (104 + rows * (side + 6) + 36 + 68, 1600, 3)
@@ -71,7 +71,7 @@ def test_every_model_shows_its_frames_and_what_it_has(tmp_path, words, model, ro
         for t in range(8):
             left = 190 + t * (side + 6)
             drawn = image[80:80 + side, left:left + side]
-            np.testing.assert_array_equal(drawn, np.asarray(evaluation.thumbnail(clip[t], side)))
+            np.testing.assert_array_equal(drawn, np.asarray(evaluation.frame_image(clip[t], side)))
     assert area(image[104 + rows * (side + 6) + 5], BLUE) == 782 and area(image[104 + rows * (side + 6) + 39], BLUE) == 2
     assert [word for word, _ in words if word in ("frame", "mask", "frame, point\nand box")] == (
         ["frame, point\nand box", "mask"] if rows == 2 else ["frame"])
