@@ -17,12 +17,14 @@ D width, E joint width, H heads of width d, C classes, L text length, R image si
 import gzip
 import hashlib
 import html
+import html.entities
 import http.client
 import io
 import math
 import os
 import pickle
 import re
+import unicodedata
 import urllib.error
 import urllib.request
 import zipfile
@@ -58,13 +60,12 @@ BYTES = 514  # size of a vocabulary without merges: 256 bytes, 256 bytes at a wo
 # ---- tokenizer -----------------------------------------------------------------------------------
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# OpenAI's pattern in the standard library's `re`: contractions, runs of letters, single digits,
-# runs of anything else. The white space is Unicode's, spelled out, because Python's \s also holds
-# U+001C to U+001F, which count as punctuation.
+# White space as Unicode has it: Python's \s also holds U+001C to U+001F, which are punctuation here
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-WORD = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
-                  rf"|[^\W\d_]+|\d|(?:[^{SPACE}\w]|_)+")
-CONTROL = re.compile(r"\x1b\[[\d;]*[a-zA-Z]|[\x00-\x08\x0b\x0e-\x1f\x7f]")  # as ftfy removes them
+ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")  # of HTML
+LIGATURES = "ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬅﬆ"
+CONTROL = re.compile(r"\x1b\[[\d;]*[a-zA-Z]"
+                     r"|[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
 
 
 @lru_cache
@@ -121,10 +122,66 @@ def byte_pair_encode(word, ranks):
     return parts
 
 
-def clean_text(text):
-    """Text as OpenAI cleans it before the words are split: white space collapsed, lower case."""
-    text = html.unescape(html.unescape(CONTROL.sub("", text))).strip()
-    return re.sub(f"[{SPACE}]+", " ", text).strip().lower()
+@lru_cache
+def plain_forms():
+    """For str.translate, {character: its plain form}: quotes, ligatures, wide and narrow letters,
+    and the control characters U+0080 to U+009F, which are read as Windows-1252."""
+    forms = dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'")
+    forms |= dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
+    for ligature in LIGATURES:
+        codes = unicodedata.decomposition(ligature).split()[1:]  # "<compat> 0066 0069" is fi
+        forms[ligature] = "".join(chr(int(code, 16)) for code in codes)
+    for wide in ["\u3000", *map(chr, range(0xFF01, 0xFFF0))]:
+        forms[wide] = unicodedata.normalize("NFKC", wide)
+    for byte in range(0x80, 0xA0):
+        forms[chr(byte)] = bytes([byte]).decode("cp1252", errors="ignore") or chr(byte)
+    return str.maketrans(forms)
+
+
+def unescape_entity(match):
+    """One entity of HTML as ftfy reads it: names in their own case, or all in capitals."""
+    entity = match[0]
+    name = entity[1:].lower()
+    if entity[1:] in html.entities.html5:
+        return html.entities.html5[entity[1:]]
+    if entity.startswith("&#"):
+        char = html.unescape(entity)
+        return entity if ";" in char else char  # not a number after all
+    if entity[1:] == name.upper() and name in html.entities.html5:
+        if html.unescape(entity) == entity:  # else a shorter name fits
+            return html.entities.html5[name].upper()
+    return entity
+
+
+def fix_text(text):
+    """Text as ftfy 6, which OpenAI cleans with, repairs it; text in a wrong encoding stays wrong.
+
+    Entities of HTML are read (not beside a "<"), characters get their plain forms, surrogates
+    become characters or U+FFFD, escape and control codes go, accents are composed (NFC); all of it
+    until nothing changes.
+    """
+    entities, before = "<" not in text, None
+    while text != before:
+        before = text
+        if entities:
+            text = ENTITY.sub(unescape_entity, text)
+        text = text.translate(plain_forms())
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = unicodedata.normalize("NFC", CONTROL.sub("", text))
+    return text
+
+
+def split_words(text):
+    """Text -> words as OpenAI's pattern finds them: the two special tokens, contractions, runs of
+    letters, single numerals, runs of anything else but white space; all in lower case."""
+    text = html.unescape(html.unescape(fix_text(text))).strip()
+    text = re.sub(f"[{SPACE}]+", " ", text).strip().lower()
+    # OpenAI's classes L and N, which `re` lacks: \w is L, N and "_", and \d is only a part of N.
+    # U+0345, whose capital is a letter, falls out of the pattern when capitals are ignored.
+    numerals = "".join(char for char in text if unicodedata.category(char) in ("Nl", "No"))
+    return re.findall(rf"{re.escape(START)}|{re.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d"
+                      rf"|[^\W\d_{numerals}]+|[\d{numerals}]"
+                      rf"|(?:[^{SPACE}\w\u0345]|_)+", text, re.IGNORECASE)
 
 
 def no_string(texts):
@@ -148,7 +205,7 @@ def tokenize(texts, length=77, merges=None, vocabulary=49408):
     tokens = torch.zeros(len(texts), length, dtype=torch.int64)
     for row, text in zip(tokens, texts):
         parts = [START]
-        for word in WORD.findall(clean_text(text)):
+        for word in split_words(text):
             parts += [word] if word in (START, END) else byte_pair_encode(word, ranks)
         parts.append(END)
         if len(parts) > length:

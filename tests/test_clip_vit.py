@@ -1,6 +1,7 @@
 """CLIP: the towers, the tokenizer, loading without executing anything, downloads, and the released code's figures."""
 
 import hashlib
+import html
 import http.server
 import json
 import os
@@ -182,9 +183,34 @@ def test_byte_tokenizer_says_the_words_back(texts):
         end = row.index(513)
         assert row[0] == 512 and set(row[end + 1:]) <= {0}
         read = "".join(symbols[i % 256] for i in row[1:end])
-        clean = __import__("html").unescape(__import__("html").unescape(text)).lower()
+        clean = html.unescape(html.unescape(clip_vit.fix_text(text))).lower()
         assert read == "".join("".join(symbols[[*clip_vit.byte_symbols()].index(b)] for b in c.encode())
                                for c in clean if not c.isspace())
+
+
+TEXTS = json.loads((FIGURES / "tokens.json").read_text())  # [text, words, ids] of OpenAI's tokenizer with ftfy 6.3.1
+
+
+def test_words_equal_openais():
+    """Quotes, ligatures, widths, accents, numerals, entities, control codes, surrogates; then random mixtures."""
+    assert len(TEXTS) == 200
+    assert [(text, clip_vit.split_words(text)) for text, _, _ in TEXTS] == [(text, words) for text, words, _ in TEXTS]
+
+
+def test_ids_equal_openais():
+    if not MERGES.is_file():
+        pytest.skip(f"the vocabulary ({MERGES}) is not here")
+    for text, _, ids in TEXTS:
+        tokens = tokenize([text], 77, MERGES)[0].tolist()
+        assert tokens[:len(ids) + 2] == [49406, *ids, 49407] and not any(tokens[len(ids) + 2:]), text
+
+
+@given(st.text(max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_any_text_has_words_and_fixing_it_again_changes_nothing(text):
+    fixed = clip_vit.fix_text(text)
+    assert "<" in fixed or clip_vit.fix_text(fixed) == fixed
+    assert tokenize([text], 400, vocabulary=514).max() == 513
 
 
 def test_too_long_a_text_is_refused():
