@@ -209,8 +209,8 @@ def tokenize(texts, length=77, merges=None, vocabulary=49408):
             parts += [word] if word in (START, END) else byte_pair_encode(word, ranks)
         parts.append(END)
         if len(parts) > length:
-            raise ValueError(f"text of {len(parts)} tokens does not fit in {length}: "
-                             f"{text!r:.100}; shorten it, or in TC-CLIP's training raise text_length")
+            raise ValueError(f"text of {len(parts)} tokens does not fit in {length}: {text!r:.100};"
+                             " shorten it, or in TC-CLIP's training raise text_length")
         row[:len(parts)] = torch.tensor([ids[part] for part in parts])
     return tokens
 
