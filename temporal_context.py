@@ -1,15 +1,18 @@
 """TC-CLIP's vision tower: temporal contextualization (Kim et al., ECCV 2024, section 3.2).
 
-Every frame is encoded by CLIP, and every block summarises the whole video in k context tokens, at which all frames of
-the next block may look. One block:
+CLIP encodes every frame by itself. Here each block also summarises the whole video in k context
+tokens, and all frames look at them in the next block. One block (`ContextTower.run_block`):
 
-    attention   of each frame's tokens to that frame *and* to the context, which is then dropped
-    seeds       the S patches of each frame to which its class token attends most
+    attention   each frame's tokens look at the frame and at the context, which is then dropped
+    seeds       of each frame, the S patches to which its class token attends most
     summary     the seeds of all frames, merged to k tokens: the next context
-    MLP         the block's own, on both
+    MLP         the block's own, on the tokens and on the context
 
-`tokens` (B,T,N,D) are what CLIP has, `context` (B,k,D) lives for one block: never one tensor. Letters as in clip_vit,
-and: S seeds per frame, k context tokens, m reference tokens: what a frame sees beside itself, by default the context.
+Sections: what frames look at; attention; seeds and summary; the tower.
+
+`tokens` (B,T,N,D) are CLIP's, `context` (B,k,D) lives for one block; they are never one tensor.
+Letters as in clip_vit.py, and: S seeds per frame, k context tokens, m reference tokens. References
+are what a frame looks at besides itself; by default they are the k context tokens.
 """
 
 from typing import NamedTuple
@@ -18,168 +21,290 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from token_merge import merge_to
+from token_merge import MERGES, at_least_float32, merge_to, no_autocast
 
+CHOICES = {  # the tower's settings that are names, and what each may be
+    "positions": ("space", "joint"),
+    "merge": tuple(MERGES),
+    "reference": ("context", "class", "neighbour", "all", "none"),
+}
+
+
+# ---- what frames look at ------------------------------------------------------------------------
+
+class Seen(NamedTuple):
+    """What each frame's tokens look at in one block: the frame's own tokens, then references."""
+
+    keys: torch.Tensor  # (B*T,H,N+m,d)
+    values: torch.Tensor  # (B*T,H,N+m,d)
+    m: int  # the last m columns are references
+    bias: torch.Tensor | None  # (H,) added to the attention logits of the references
+
+
+def neighbours(kv):
+    """The patches of frames t-1 and t+1: kv (B,T,N,2D) -> (B,T,2P,2D). [paper]
+
+    [ours] The first and the last frame see their one neighbour twice; a single frame sees itself.
+    """
+    T = kv.shape[1]
+    frame = torch.arange(T, device=kv.device)
+    before = (frame - 1).abs().clamp(max=T - 1)  # 1, 0, 1, ..., T-2
+    after = T - 1 - (T - 2 - frame).abs()  # 1, 2, ..., T-1, T-2
+    return torch.cat([kv[:, before, 1:], kv[:, after, 1:]], dim=2)
+
+
+def reference_kv(kind, kv, context_kv):
+    """Keys and values of each frame's references [paper, Table 1]: (B,T,m,2D).
+
+    kv (B,T,N,2D) are those of the frames, context_kv (B,k,2D) those of the context. What all frames
+    share is not copied. Raises ValueError if the kind is unknown.
+    """
+    if kind == "neighbour":
+        return neighbours(kv)
+    if kind == "context":
+        shared = context_kv
+    elif kind == "class":
+        shared = kv[:, :, 0]  # (B,T,2D)
+    elif kind == "all":
+        shared = kv[:, :, 1:].flatten(1, 2)  # (B,T*P,2D)
+    else:
+        raise ValueError(f"reference {kind!r} is unknown; use {', '.join(CHOICES['reference'])}")
+    return shared[:, None].expand(-1, kv.shape[1], -1, -1)
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+def reference_mask(bias, columns, m):
+    """The bias of each head (H,) on the last m of the columns, 0 on the others: (1,H,1,columns)."""
+    on_references = bias[None, :, None, None].expand(-1, -1, 1, m)
+    return F.pad(on_references, (columns - m, 0))
+
+
+def biased_attention(q, keys, values, bias, m):
+    """softmax(q keys^T / sqrt(d) + bias) values, the bias (H,) on the last m columns only. [paper]
+
+    q (n,H,rows,d), keys and values (n,H,columns,d) -> (n,H,rows,d).
+    """
+    mask = reference_mask(bias.detach(), keys.shape[-2], m)
+    if bias.requires_grad and torch.is_grad_enabled():
+        return with_bias_gradient(q, keys, values, bias, m, mask)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+
+def with_bias_gradient(q, keys, values, bias, m, mask):
+    """The same attention, and it gives the bias its gradient: fused kernels give a mask none.
+
+    This trick may be skipped at first reading; that values and gradients equal those of the formula
+    above is proved by tests/test_tc.py, test_biased_attention_and_its_gradients. [ours, exact]
+    If the bias grows by e, the exponentials in the reference columns are multiplied by exp(e):
+
+        Attention(bias + e) = Attention(bias; exp(e) values_reference) / (1 + w (exp(e) - 1)),
+
+    where w is the references' share of the softmax. With e = bias - bias.detach(), which is 0, no
+    value changes, and e carries the whole gradient.
+    """
+    columns, d = values.shape[-2:]
+    with torch.no_grad():
+        is_reference = F.pad(values.new_ones(m, d), (0, 0, columns - m, 0))  # (columns,d)
+        w = F.scaled_dot_product_attention(q, keys, is_reference.expand_as(keys), attn_mask=mask)
+        w = w[..., :1]  # (n,H,rows,1)
+    growth = (bias - bias.detach()).exp()[:, None, None]  # exp(e) (H,1,1)
+    grown = F.pad(growth.expand(-1, m, 1), (0, 0, columns - m, 0), value=1)  # (H,columns,1)
+    heads = F.scaled_dot_product_attention(q, keys, values * grown, attn_mask=mask)
+    return heads / (1 + w * (growth - 1))
+
+
+def attend(attn, y, seen):
+    """W_o A V of every row of y (B,T,rows,D) -> (B,T,rows,D)."""
+    q = attn.queries(y).flatten(0, 1)  # (B*T,H,rows,d)
+    if seen.bias is None:
+        heads = F.scaled_dot_product_attention(q, seen.keys, seen.values)
+    else:
+        heads = biased_attention(q, seen.keys, seen.values, seen.bias, seen.m)
+    return attn.project_out(heads).unflatten(0, y.shape[:2])
+
+
+# ---- seeds and summary --------------------------------------------------------------------------
 
 class Summary(NamedTuple):
     """How one block summarised the video; pictures and tests look at it."""
 
-    context: torch.Tensor  # (B,k,D) the context tokens before the block's MLP
+    merged: torch.Tensor  # (B,k,D) the means of the seeds' groups
+    context: torch.Tensor  # (B,k,D) the context tokens: the same after the block's MLP
     sizes: torch.Tensor  # (B,k) how many seeds went into each
     group: torch.Tensor  # (B,T*S) the context token that each seed went into
-    seeds: torch.Tensor  # (B,T,S) patch indices from 0, by decreasing score
+    seeds: torch.Tensor  # (B,T,S) patch numbers from 0, by decreasing score
     scores: torch.Tensor  # (B,T,P) attention of the class token to each patch, mean over heads
 
 
-# ---- attention -------------------------------------------------------------------------------------------------------
-
-def reference_kv(kind, kv, context_kv):
-    """What a frame may look at beside itself [paper, Table 1], as keys and values.
-
-    From the frames' kv (B,T,N,2D) and the context's (B,k,2D) -> (B,T,m,2D); what all frames share is not copied.
-    """
-    T = kv.shape[1]
-    if kind == "neighbour":  # the patches of frames t-1 and t+1, reflected at the ends [ours: the paper does not say]
-        t = [min(1, T - 1), *range(T), max(T - 2, 0)]  # frame 0's neighbours are t[0] and t[2], and so on
-        return torch.cat([kv[:, t[:T], 1:], kv[:, t[2:], 1:]], dim=2)  # (B,T,2P,2D)
-    shared = context_kv if kind == "context" else kv[:, :, 0] if kind == "class" else kv[:, :, 1:].flatten(1, 2)
-    return shared[:, None].expand(-1, T, -1, -1)  # (B,T,m,2D), m = k, T or T*P
-
-
-def on_reference(values, columns, m, fill):
-    """A value per head (H,) on the last m of the attention's columns, `fill` on the others: (H,1,columns)."""
-    return F.pad(values[:, None, None].expand(-1, 1, m), (columns - m, 0), value=fill)
-
-
-def biased_attention(q, k, v, bias, m):
-    """A v with A = softmax(q [k_frame | k_reference]^T / sqrt(d) + bias), `bias` (H,) on the m references. [paper]
-
-    q (n,H,rows,d), k and v (n,H,columns,d) -> (n,H,rows,d). The fused kernels take the bias as a mask, and give a
-    mask no gradient; the bias gets it so [ours, exact]: to raise it by e is to multiply by exp(e) the reference
-    columns' values and their share w of the softmax's denominator,
-
-        Attention(bias + e) = Attention(bias; exp(e) v_reference) / (1 + w (exp(e) - 1)).
-
-    With e = bias - bias.detach(), which is 0, no value changes, and e carries the whole gradient.
-    """
-    columns = k.shape[-2]
-    mask = on_reference(bias.detach(), columns, m, 0).expand(len(q), -1, q.shape[-2], -1)  # (n,H,rows,columns), a view
-    if not (bias.requires_grad and torch.is_grad_enabled()):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    with torch.no_grad():
-        is_reference = F.pad(v.new_ones(m, v.shape[-1]), (0, 0, columns - m, 0))  # (columns,d)
-        share = F.scaled_dot_product_attention(q, k, is_reference.expand_as(k), attn_mask=mask)[..., :1]  # (n,H,rows,1)
-    growth = (bias - bias.detach()).exp()  # (H,), equal to 1
-    v = v * on_reference(growth, columns, m, 1).transpose(-1, -2)  # (n,H,columns,d) * (H,columns,1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask) / (1 + share * (growth[:, None, None] - 1))
-
-
 @torch.no_grad()
-def seed_scores(q_class, k, bias, m, patches):
-    """Attention of each frame's class token to its patches: q_class (n,H,1,d), k (n,H,columns,d) -> (n,P).
+def seed_scores(q, seen, patches):
+    """Attention of each frame's class token to its patches: q (B*T,H,1,d) -> (B*T,P).
 
-    [paper] The class row of A, mean over heads; its softmax runs over the reference columns and their bias too.
+    score(b,t,p) = mean over heads of A[class token -> patch p]. [released] A is the whole
+    attention: its softmax also runs over the references with their bias. (In the paper's equation
+    it runs over the frame's own keys only.) Computed in fp32, whatever the autocast.
     """
-    row = (q_class * q_class.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (n,H,1,columns)
-    if bias is not None:
-        row = row + on_reference(bias, k.shape[-2], m, 0)
-    return row.softmax(dim=-1)[:, :, 0, 1:1 + patches].mean(dim=1)  # (n,P)
+    with no_autocast(q.device):
+        q, keys = at_least_float32(q), at_least_float32(seen.keys)
+        logits = (q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2)  # (B*T,H,1,N+m)
+        if seen.bias is not None:
+            logits = logits + reference_mask(seen.bias, keys.shape[-2], seen.m)
+        A = logits.softmax(dim=-1)
+    return A[:, :, 0, 1:1 + patches].mean(dim=1)
 
 
-# ---- the tower -------------------------------------------------------------------------------------------------------
+def take_rows(x, rows):
+    """The given rows of each frame: x (B,T,n,D), rows (B,T,S) int64 -> (B,T,S,D)."""
+    B, T, n, _ = x.shape
+    first = n * torch.arange(B * T, device=x.device).view(B, T, 1)  # the first row of each frame
+    flat = x.flatten(0, 2)  # (B*T*n,D)
+    return flat.index_select(0, (first + rows).flatten()).unflatten(0, rows.shape)
 
-def take(rows, index):
-    """Rows (B,T,n,D) at index (B,T,S) -> (B,T,S,D)."""
-    B, T, n, _ = rows.shape
-    frame = torch.arange(B * T, device=index.device).view(B, T, 1) * n  # each frame's first row, rows counted through
-    return rows.flatten(0, 2).index_select(0, (frame + index).flatten()).unflatten(0, index.shape)
+
+def add_mlp(block, x):
+    """x + MLP(LN_2 x)."""
+    return x + block.mlp(block.ln_2(x))
+
+
+# ---- the tower ----------------------------------------------------------------------------------
+
+class Encoded(NamedTuple):
+    """What the tower makes of videos."""
+
+    frames: torch.Tensor  # (B,T,E) projected class tokens
+    contexts: dict  # {block: (B,k,E)} projected context tokens of the blocks that the text reads
+    summaries: dict  # {block: Summary} of the blocks that make a context
+
+
+def looking_blocks(config, count):
+    """The blocks, of `count`, whose frames look at references: by default all but the first."""
+    if config.reference == "none":
+        return set()
+    if config.reference_blocks is None:
+        return set(range(1, count))
+    looking = {i % count for i in config.reference_blocks}
+    if 0 in looking:
+        raise ValueError(f"reference_blocks {config.reference_blocks} holds block 0, before which "
+                         f"there is no context; use blocks 1 to {count - 1}")
+    return looking
 
 
 class ContextTower(nn.Module):
-    """CLIP's vision tower with temporal context. Holds what CLIP lacks; the CLIP weights come with each call.
+    """CLIP's vision tower with temporal context. It holds what CLIP lacks: biases and positions.
 
-    `config` is a TCConfig (video_prompt.py). `context_blocks` are the blocks whose context the text will read.
+    CLIP's own tower `visual` comes with each call. `config` is a TCConfig (video_prompt.py);
+    `context_blocks` are the blocks whose context the text reads. Raises ValueError if a setting
+    does not fit the tower.
     """
 
     def __init__(self, visual, config, context_blocks):
         super().__init__()
         self.config = config
-        blocks, (N, _) = visual.transformer.resblocks, visual.positional_embedding.shape
-        self.seeds = int((N - 1) * config.seed_ratio)  # S
-        looking = range(1, len(blocks)) if config.reference_blocks is None else config.reference_blocks
-        self.looking = {i % len(blocks) for i in looking} if config.reference != "none" else set()  # at references
+        blocks, patches = visual.transformer.resblocks, len(visual.positional_embedding) - 1
+        self.seeds = int(patches * config.seed_ratio)  # S
+        if self.seeds < 1:
+            raise ValueError(f"seed_ratio {config.seed_ratio} makes no seed of {patches} patches: "
+                             "raise it")
+        self.looking = looking_blocks(config, len(blocks))
         self.read = {i % len(blocks) for i in context_blocks}
-        self.summarising = set(self.read)  # these blocks make a context
+        self.summarising = set(self.read)  # the blocks that make a context
         if config.reference == "context":
             self.summarising |= {i - 1 for i in self.looking}
-        if 0 in self.looking or not 1 <= self.seeds < N:
-            raise ValueError(f"reference_blocks cannot hold block 0, before which there is no context; and seed_ratio "
-                             f"{config.seed_ratio} must leave 1 to {N - 1} seeds of {N - 1} patches")
-        self.local_global_bias = nn.ParameterDict()  # {block: b_local and b_global of each head}
-        for i in sorted(self.looking) if config.local_global_bias else ():
-            table = blocks[i].attn.in_proj_bias.new_empty(blocks[i].attn.heads, 2)
-            self.local_global_bias[str(i)] = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))  # (H,2)
-        if config.positions == "joint":  # one position per frame and token, begun with T copies of CLIP's [released]
-            self.positions = nn.Parameter(visual.positional_embedding.detach().repeat(config.frames, 1, 1))  # (T,N,D)
+        self.local_global_bias = nn.ParameterDict()  # {block: (H,2)}: b_local and b_global per head
+        if config.local_global_bias:
+            for i in sorted(self.looking):
+                table = visual.positional_embedding.new_empty(blocks[i].attn.heads, 2)
+                nn.init.trunc_normal_(table, std=0.02)  # [released]
+                self.local_global_bias[str(i)] = nn.Parameter(table)
+        if config.positions == "joint":  # one per frame and token; at first T copies [released]
+            joint = visual.positional_embedding.detach().repeat(config.frames, 1, 1)  # (T,N,D)
+            self.positions = nn.Parameter(joint)
             visual.positional_embedding.requires_grad_(False)
 
     def forward(self, visual, video):
-        """video (B,T,3,R,R) -> frame features (B,T,E), {read block: context (B,k,E)}, {block: Summary}."""
-        positions = self.positions if self.config.positions == "joint" else visual.positional_embedding
-        if self.config.positions == "joint" and video.shape[1] != self.config.frames:
-            raise ValueError(f"the video has {video.shape[1]} frames; this model was made for {self.config.frames}")
-        tokens = visual.tokens(video.flatten(0, 1)).unflatten(0, video.shape[:2])  # (B,T,N,D)
-        tokens, context = visual.ln_pre(tokens + positions), None
+        """Normalised video (B,T,3,R,R) -> Encoded. Raises ValueError if T does not fit."""
+        tokens, context = self.embed(visual, video), None  # (B,T,N,D)
         contexts, summaries = {}, {}
-        for i, block in enumerate(visual.transformer.resblocks):
-            last = i == len(visual.transformer.resblocks) - 1
-            tokens, context, summary = block.run(self.block, block, i, last, tokens, context)
-            if summary is not None:
-                summaries[i] = summary
+        blocks = visual.transformer.resblocks
+        for i, block in enumerate(blocks):
+            run = self.run_block if i < len(blocks) - 1 else self.run_last_block
+            tokens, summary = block.run(run, block, i, tokens, context)
+            context = None
+            if i in self.summarising:
+                context, summaries[i] = summary.context, summary
             if i in self.read:
-                contexts[i] = visual.ln_post(context) @ visual.proj  # (B,k,E)
-        return visual.ln_post(tokens[:, :, 0]) @ visual.proj, contexts, summaries
+                contexts[i] = visual.project(context)  # (B,k,E)
+        frames = visual.project(tokens[:, :, 0])  # (B,T,E)
+        return Encoded(frames, contexts, summaries)
 
-    def block(self, block, i, last, tokens, context):
-        """Block i: tokens (B,T,N,D), context (B,k,D) or None -> both anew, and its Summary or None.
+    def embed(self, visual, video):
+        """Video (B,T,3,R,R) -> the tokens that enter the first block (B,T,N,D)."""
+        B, T = video.shape[:2]
+        positions = visual.positional_embedding  # (N,D), the same for every frame
+        if self.config.positions == "joint":
+            positions = self.positions  # (T,N,D)
+            if T != self.config.frames:
+                raise ValueError(f"the video has {T} frames; "
+                                 f"this model was made for {self.config.frames}")
+        tokens = visual.tokens(video.flatten(0, 1)).unflatten(0, (B, T))  # (B,T,N,D)
+        return visual.ln_pre(tokens + positions)
 
-        The last block computes the used rows alone [ours, exact]: class and seeds, after the summary the class.
+    def run_block(self, block, i, tokens, context):
+        """Block i: tokens (B,T,N,D) and the context (B,k,D) or None -> tokens, Summary or None."""
+        y = block.ln_1(tokens)  # (B,T,N,D)
+        seen = self.look(block, i, y, context)
+        tokens = tokens + attend(block.attn, y, seen)  # tokens' = tokens + W_o A V
+        summary = None  # the old context gets no residual: it is dropped here
+        if i in self.summarising:
+            seeds, scores = self.choose_seeds(block, y, seen)
+            summary = self.summarise(block, take_rows(tokens, seeds + 1), seeds, scores)
+        return add_mlp(block, tokens), summary
+
+    def run_last_block(self, block, i, tokens, context):
+        """run_block, computed only at the rows that are used later: class tokens and seeds.
+
+        It may be skipped at first reading; tests/test_tc.py, test_fast_form_equals_the_plain_form
+        proves it equal. [ours, exact]
         """
-        B, T, N, _ = tokens.shape
-        attn, y = block.attn, block.ln_1(tokens)
-        k, v, bias, m = self.keys_values(block, i, y, context)  # (B*T,H,N+m,d), the bias (H,) of the m
-        seeds = torch.empty(B, T, 0, dtype=torch.int64, device=tokens.device)  # none without a summary
+        y = block.ln_1(tokens)  # (B,T,N,D)
+        seen = self.look(block, i, y, context)
+        summary, rows = None, y.new_zeros(*y.shape[:2], 1, dtype=torch.int64)  # the class tokens
         if i in self.summarising:
-            q_class = attn.queries(y[:, :, :1]).flatten(0, 1)  # (B*T,H,1,d)
-            scores = seed_scores(q_class, k, bias, m, N - 1).unflatten(0, (B, T))  # (B,T,P)
-            seeds = scores.argsort(dim=-1, descending=True, stable=True)[..., :self.seeds]  # (B,T,S)
-        if last:
-            used = F.pad(seeds + 1, (1, 0))  # (B,T,1+S): the class token is row 0, patch p is row p + 1
-            tokens, y = take(tokens, used), take(y, used)  # (B,T,1+S,D)
-        q = attn.queries(y).flatten(0, 1)  # (B*T,H,N or 1+S,d)
-        heads = F.scaled_dot_product_attention(q, k, v) if bias is None else biased_attention(q, k, v, bias, m)
-        tokens = tokens + attn.project_out(heads).unflatten(0, (B, T))  # tokens' = tokens + W_o A V, as many rows
-
-        context = summary = None
+            seeds, scores = self.choose_seeds(block, y, seen)
+            rows = F.pad(seeds + 1, (1, 0))  # (B,T,1+S): patch p is row p + 1
+        tokens = take_rows(tokens, rows) + attend(block.attn, take_rows(y, rows), seen)
         if i in self.summarising:
-            found = tokens[:, :, 1:] if last else take(tokens, seeds + 1)  # (B,T,S,D)
-            merged, sizes, group = merge_to(found.flatten(1, 2), self.config.context_tokens, self.config.merge_step,
-                                            self.config.merge, sources=True)  # (B,k,D)
-            summary = Summary(merged, sizes, group, seeds, scores)
-            context = merged + block.mlp(block.ln_2(merged))
-        if last:
-            tokens = tokens[:, :, :1]
-        return tokens + block.mlp(block.ln_2(tokens)), context, summary
+            summary = self.summarise(block, tokens[:, :, 1:], seeds, scores)
+        return add_mlp(block, tokens[:, :, :1]), summary  # (B,T,1,D)
 
-    def keys_values(self, block, i, y, context):
-        """Keys and values of each frame and of its m reference tokens, (B*T,H,N+m,d); their bias, (H,) or None; m."""
-        kv, bias, m = block.attn.project_kv(y), None, 0  # (B,T,N,2D)
+    def look(self, block, i, y, context):
+        """What frames look at in block i, from y = LN_1 tokens (B,T,N,D) and the context."""
+        kv, m, bias = block.attn.project_kv(y), 0, None  # (B,T,N,2D)
         if i in self.looking:
-            context_kv = None if context is None else block.attn.project_kv(block.ln_1(context))  # (B,k,2D)
+            context_kv = None
+            if self.config.reference == "context":
+                context_kv = block.attn.project_kv(block.ln_1(context))  # (B,k,2D)
             reference = reference_kv(self.config.reference, kv, context_kv)  # (B,T,m,2D)
-            kv, m = torch.cat([kv, reference], dim=2), reference.shape[2]  # (B,T,N+m,2D)
-            if self.config.local_global_bias:
-                b_local, b_global = self.local_global_bias[str(i)].unbind(dim=1)  # (H,) each
-                bias = b_global - b_local  # all that a softmax sees of the two; released checkpoints hold both
-        k, v = kv.flatten(0, 1).chunk(2, dim=-1)  # (B*T,N+m,D)
-        return block.attn.split(k), block.attn.split(v), bias, m
+            m = reference.shape[2]
+            kv = torch.cat([kv, reference], dim=2)  # (B,T,N+m,2D)
+            if self.config.local_global_bias:  # a softmax sees only the difference of the two
+                b_local, b_global = self.local_global_bias[str(i)].unbind(dim=1)
+                bias = b_global - b_local  # (H,)
+        keys, values = kv.flatten(0, 1).chunk(2, dim=-1)  # (B*T,N+m,D)
+        return Seen(block.attn.split(keys), block.attn.split(values), m, bias)
+
+    def choose_seeds(self, block, y, seen):
+        """The S best patches of each frame (B,T,S) by decreasing score, and all scores (B,T,P)."""
+        B, T, N, _ = y.shape
+        q = block.attn.queries(y[:, :, :1]).flatten(0, 1)  # (B*T,H,1,d)
+        scores = seed_scores(q, seen, patches=N - 1).unflatten(0, (B, T))  # (B,T,P)
+        order = scores.argsort(dim=-1, descending=True, stable=True)  # the first on ties
+        return order[..., :self.seeds], scores
+
+    def summarise(self, block, found, seeds, scores):
+        """Merges the seeds' rows (B,T,S,D), frame after frame, to k context tokens -> Summary."""
+        c = self.config
+        merged, sizes, group = merge_to(
+            found.flatten(1, 2), c.context_tokens, c.merge_step, c.merge, sources=True)
+        return Summary(merged, add_mlp(block, merged), sizes, group, seeds, scores)

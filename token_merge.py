@@ -1,19 +1,78 @@
-"""Merging many tokens into few: bipartite soft matching (ToMe, Bolya et al. 2023) and the rivals of the TC-CLIP paper.
+"""Merging many tokens into few: bipartite soft matching (ToMe, Bolya et al. 2023) and its rivals.
 
-So TC-CLIP makes k context tokens of the seeds of all frames. Pure functions on tensors: no weights, no Python loop over
-videos or tokens, no look at a value on the host.
+TC-CLIP makes the context tokens of a video this way, from the seeds of all its frames.
 
-Letters: B videos, n tokens at hand, k tokens wanted, r pairs merged in one round, D width.
+Sections: groups of tokens; bipartite soft matching; its rivals in the TC-CLIP paper; merging.
+
+A strategy only decides which tokens belong together: it gives every token the number of its group.
+`merge_to` then takes the mean of each group. All functions here are pure: tensors in, tensors out,
+without weights, without loops over videos or tokens, and without GPU-CPU synchronisation.
+
+Letters: B videos, n tokens, k groups, r pairs merged in one round, D width.
 """
 
-import torch
+import contextlib
 
+import torch
+import torch.nn.functional as F
+
+# ---- groups of tokens ----------------------------------------------------------------------------
+
+
+def at_least_float32(x):
+    """fp16 and bf16 as fp32; fp32 and fp64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def no_autocast(device):
+    """A context in which products keep the precision of their factors, whatever the caller's."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def numbered(tokens):
+    """The number of each token (B,n,...) in its video, from 0: (B,n) int64."""
+    B, n = tokens.shape[:2]
+    return torch.arange(n, device=tokens.device).expand(B, n)
+
+
+def add_groups(values, group, k):
+    """Sums of the values (B,n,D) in each group: group (B,n) int64 below k -> (B,k,D)."""
+    B, _, D = values.shape
+    first = k * torch.arange(B, device=group.device)  # (B,) each video has k rows of its own
+    rows = (group + first[:, None]).flatten()  # (B*n,)
+    sums = values.new_zeros(B * k, D).index_add_(0, rows, values.flatten(0, 1))
+    return sums.unflatten(0, (B, k))  # (B,k,D)
+
+
+def group_sizes(group, k):
+    """The number of tokens in each group: group (B,n) int64 below k -> (B,k) int64."""
+    sizes = group.new_zeros(group.shape[0], k)
+    return sizes.scatter_add(1, group, torch.ones_like(group))
+
+
+def ranks(values):
+    """The place of each value (B,n) in decreasing order, from 0; equal values keep their order."""
+    order = values.argsort(dim=-1, descending=True, stable=True)  # (B,n)
+    return torch.empty_like(order).scatter_(-1, order, numbered(values))  # inverse permutation
+
+
+def place_centres(group, centres):
+    """Puts token centres[b,j] into group j, so that no group is empty: group (B,n), centres (B,k).
+
+    The centres of a video must be different tokens.
+    """
+    return group.scatter(1, centres, numbered(centres))
+
+
+# ---- bipartite soft matching ---------------------------------------------------------------------
 
 def merge_rounds(n, k, step):
     """How many pairs each round merges on the way from n tokens to k.
 
-    [released] int((n-k)/step) rounds of min(step, n//2), then rounds of min(n-k, n//2): a round can at most halve.
-    For example 928 -> 96 by 100: eight rounds of 100 and one of 32.
+    [released] int((n-k)/step) rounds of min(step, n//2), then rounds of min(n-k, n//2): a round can
+    at most halve. For example 928 -> 96 by 100: eight rounds of 100 and one of 32.
     """
     assert min(n, k, step) >= 1
     rounds = []
@@ -27,113 +86,142 @@ def merge_rounds(n, k, step):
 
 
 def match(x, r):
-    """One round's choice for x (B,n,D): where every token goes among the n - r that are left, (B,n) int64.
+    """One round: the new place of each token x (B,n,D) among the n - r that are left, (B,n) int64.
 
-    a = even positions, b = odd positions; each a picks its most similar b, and the r best pairs become one token.
-    New order: the unmerged a by decreasing similarity, then all b in the old order.
+    a = tokens at even positions, b = tokens at odd positions. Each a picks the b to which its
+    cosine is highest, and the r best pairs become one token each. [paper, ToMe]
+    New order: the unmerged a by decreasing cosine, then all b in their old order. [released]
     """
     B, n, _ = x.shape
-    n_a = (n + 1) // 2
-    unit = x / x.norm(dim=-1, keepdim=True)  # (B,n,D)
-    scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (B,n_a,n_b) cosines
-    similarity, partner = scores.max(dim=-1)  # (B,n_a), the first index on ties
-    order = similarity.argsort(dim=-1, descending=True, stable=True)  # (B,n_a)
-    count = torch.arange(n, device=x.device)
-    merged = n_a - r + partner.gather(1, order[:, :r])  # (B,r) the place of each merged a is that of its b
-    places = torch.cat([merged, count[:n_a - r].expand(B, -1)], dim=1)  # (B,n_a)
-    goes = torch.empty(B, n, dtype=torch.int64, device=x.device)
-    goes[:, ::2] = torch.empty_like(places).scatter_(1, order, places)
-    goes[:, 1::2] = count[n_a - r:n - r]
-    return goes
+    unmerged = (n + 1) // 2 - r  # this many a stay alone
+    unit = F.normalize(x, dim=-1)  # (B,n,D), zero vectors stay zero
+    cosine = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (B, a's, b's)
+    best, partner = cosine.max(dim=-1)  # (B, a's), the first b on ties
+    rank = ranks(best)  # (B, a's)
+    place = torch.empty(B, n, dtype=torch.int64, device=x.device)
+    place[:, ::2] = torch.where(rank < r, unmerged + partner, rank - r)  # its partner's, or its own
+    place[:, 1::2] = torch.arange(unmerged, n - r, device=x.device)
+    return place
 
-
-def add_groups(values, group, k):
-    """Sums of the values (B,n,D) that share a group (B,n), groups numbered below k -> (B,k,D)."""
-    B, n, D = values.shape
-    rows = group + torch.arange(B, device=group.device)[:, None] * k  # (B,n): one row per video and group
-    return values.new_zeros(B * k, D).index_add_(0, rows.flatten(), values.flatten(0, 1)).unflatten(0, (B, k))
-
-
-def group_sizes(group, k):
-    """How many tokens each of k groups (B,n) holds -> (B,k) int64."""
-    return group.new_zeros(len(group), k).scatter_add(1, group, torch.ones_like(group))
-
-
-# ---- the strategies: tokens (B,n,D) -> the group of every token, (B,n) int64 below k; only bipartite needs `step` ------
 
 def bipartite(tokens, k, step):
-    """Repeated bipartite soft matching. It carries sums where ToMe carries weighted means: their cosines are the same."""
-    B, n, _ = tokens.shape
-    sums, group = tokens, torch.arange(n, device=tokens.device).expand(B, n)  # every token starts as its own group
-    for r in merge_rounds(n, k, step):
-        goes = match(sums, r)  # (B, tokens left)
-        group = goes.gather(1, group)  # (B,n)
-        sums = add_groups(sums, goes, sums.shape[1] - r)  # (B, tokens left, D)
+    """Repeated bipartite soft matching [paper]: tokens (B,n,D) -> the group of each, (B,n) int64.
+
+    Carries sums of tokens where ToMe carries weighted means: the cosines are the same.
+    """
+    sums, group = tokens, numbered(tokens)  # at first, each token is a group
+    for r in merge_rounds(tokens.shape[1], k, step):
+        left = sums.shape[1] - r
+        place = match(sums, r)  # (B, tokens so far)
+        sums = add_groups(sums, place, left)  # (B,left,D)
+        group = place.gather(1, group)  # (B,n)
     return group
 
 
+# ---- its rivals in the TC-CLIP paper -------------------------------------------------------------
+
 def random(tokens, k, step):
-    """Every token joins a random group, none of which is empty. One draw for all videos and calls [ours]: repeatable."""
+    """Every token joins a random group, none of which is empty: (B,n,D) -> (B,n) int64.
+
+    The same draw for all videos and in all calls [ours], so that results can be repeated.
+    """
     B, n, _ = tokens.shape
     rng = torch.Generator().manual_seed(n)
-    place, other = torch.randperm(n, generator=rng), torch.randint(k, (n,), generator=rng)
-    return torch.where(place < k, place, other).to(tokens.device).expand(B, -1)
+    order = torch.randperm(n, generator=rng)
+    other = torch.randint(k, (n,), generator=rng)
+    group = torch.where(order < k, order, other)  # k tokens make sure that no group is empty
+    return group.to(tokens.device, non_blocking=True).expand(B, -1)
 
 
 def squared_distance(a, b):
-    """Euclidean, squared: a (B,n,D), b (B,m,D) -> (B,n,m). torch.cdist has no half precision."""
-    return (a.square().sum(-1)[..., None] + b.square().sum(-1)[:, None] - 2 * a @ b.transpose(1, 2)).clamp(min=0)
+    """Squared Euclidean distances: a (B,n,D), b (B,m,D) -> (B,n,m)."""
+    lengths = a.square().sum(-1)[..., None] + b.square().sum(-1)[:, None]
+    return (lengths - 2 * a @ b.transpose(1, 2)).clamp(min=0)
+
+
+def fill_empty_groups(group, distance, k):
+    """Each empty group takes the token that is farthest from its own centre.
+
+    group (B,n), distance (B,n) of each token to its centre -> group (B,n). The first token of a
+    group stays in it; the tokens that are left suffice, since n >= k.
+    """
+    B, n = group.shape
+    nobody = group.new_full((B, k), n)
+    first = nobody.scatter_reduce(1, group, numbered(group), "amin")  # (B,k), n if empty
+    is_first = first.gather(1, group) == numbered(group)  # (B,n)
+    farthest = distance.masked_fill(is_first, -1).argsort(dim=-1, descending=True, stable=True)
+    empty = first == n  # (B,k)
+    turn = (empty.cumsum(dim=-1) - 1).clamp(min=0)
+    taken = farthest.gather(1, turn)  # (B,k): the i-th empty group takes the i-th farthest token
+    return place_centres(group, torch.where(empty, taken, first))
 
 
 def kmeans(tokens, k, step, iterations=5):
-    """Lloyd's k-means, started from k evenly spaced tokens; an emptied group keeps its centre."""
+    """Lloyd's k-means from k evenly spaced tokens: (B,n,D) -> (B,n) int64, no group is empty."""
     n = tokens.shape[1]
-    centres = tokens[:, torch.arange(k, device=tokens.device) * n // k]  # (B,k,D)
+    start = torch.arange(k, device=tokens.device) * n // k
+    centres = tokens[:, start]  # (B,k,D)
     for _ in range(iterations):
-        group = squared_distance(tokens, centres).argmin(dim=-1)  # (B,n)
-        sizes = group_sizes(group, k)[..., None]  # (B,k,1)
-        centres = torch.where(sizes > 0, add_groups(tokens, group, k) / sizes.clamp(min=1), centres)
+        distance, group = squared_distance(tokens, centres).min(dim=-1)  # (B,n)
+        group = fill_empty_groups(group, distance, k)
+        centres = add_groups(tokens, group, k) / group_sizes(group, k)[..., None]
     return group
 
 
 def dpc_knn(tokens, k, step, neighbours=5):
-    """Density peaks (Rodriguez and Laio 2014) with densities from the nearest neighbours (Du et al. 2016).
+    """Density peaks (Rodriguez and Laio 2014; Du et al. 2016): (B,n,D) -> (B,n) int64.
 
     density_i = exp(-mean squared distance to i's nearest neighbours)
-    separation_i = distance to the nearest denser token; for the densest, the largest distance of all
-    The k largest products density * separation are the centres; every token joins its nearest one.
+    separation_i = distance to the nearest denser token; for the densest, the largest distance
+    The k largest products density * separation are the centres. Every token joins its nearest one.
     """
-    B, n, D = tokens.shape
-    distance = (squared_distance(tokens, tokens) / D).sqrt()  # (B,n,n)
-    near = distance.topk(min(neighbours + 1, n), largest=False).values  # (B,n,1+neighbours), itself included
-    density = (-near.square().mean(dim=-1)).exp()  # (B,n)
-    rank = density.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # (B,n): equal ones in their order
-    denser = rank[:, None] < rank[..., None]  # (B,n,n): column j is denser than row i
-    separation = distance.where(denser, distance.amax(dim=(1, 2), keepdim=True)).amin(dim=-1)  # (B,n)
+    D = tokens.shape[-1]
+    squared = squared_distance(tokens, tokens)  # (B,n,n)
+    distance = (squared / D).sqrt()
+    nearest = distance.topk(min(neighbours + 1, tokens.shape[1]), largest=False).values  # with i
+    density = (-nearest.square().mean(dim=-1)).exp()  # (B,n)
+    rank = ranks(density)
+    is_denser = rank[:, None] < rank[..., None]  # (B,n,n): token j is denser than token i
+    largest = distance.amax(dim=(1, 2), keepdim=True)
+    separation = distance.where(is_denser, largest).amin(dim=-1)  # (B,n)
     centres = (density * separation).topk(k).indices  # (B,k)
-    group = squared_distance(tokens, tokens.take_along_dim(centres[..., None], dim=1)).argmin(dim=-1)  # (B,n)
-    return group.scatter(1, centres, torch.arange(k, device=tokens.device).expand(B, -1))  # a centre leads its group
+    to_centres = squared_distance(tokens, tokens.take_along_dim(centres[..., None], dim=1))
+    return place_centres(to_centres.argmin(dim=-1), centres)
 
 
-# [paper] aggregation strategies: few-shot averages against no context -3.3 (none), -2.3, +0.1, +0.9, +1.0
-MERGES = {"none": None, "random": random, "kmeans": kmeans, "dpc-knn": dpc_knn, "bipartite": bipartite}
+# ---- merging -------------------------------------------------------------------------------------
+
+# A new strategy is added here and nowhere else: tokens (B,n,D), k < n, step -> groups (B,n) int64.
+# [paper] few-shot averages against no context: -3.3 (none), -2.3, +0.1, +0.9, +1.0
+MERGES = {
+    "none": None,  # the tokens are used as they are
+    "random": random,
+    "kmeans": kmeans,
+    "dpc-knn": dpc_knn,
+    "bipartite": bipartite,
+}
 
 
 def merge_to(tokens, k, step=100, method="bipartite", sources=False):
-    """Merges tokens (B,n,D) to the means (B,k,D) of k groups, and gives the groups' sizes (B,k).
+    """Merges tokens (B,n,D) to the means (B,k,D) of k groups; also gives the groups' sizes (B,k).
 
-    With n <= k, and with method "none", every token stays itself. `step`: pairs that one bipartite round merges.
-    With `sources` also (B,n) int64, each token's group. Gradients flow through the means, not the choice of groups.
+    With n <= k, and with method "none", every token stays as it is. `step` is the number of pairs
+    that one bipartite round merges. With `sources` it also gives each token's group, (B,n) int64.
+    Gradients flow through the means and not through the choice of groups. fp16 and bf16 are merged
+    in fp32. Raises ValueError if k or step is below 1, or the method is unknown.
     """
-    B, n, _ = tokens.shape
     if min(k, step) < 1 or method not in MERGES:
-        raise ValueError(f"cannot merge to {k} tokens by steps of {step} with {method!r}; numbers start at 1, "
-                         f"methods are {', '.join(MERGES)}")
-    if n <= k or method == "none":
-        k, group = n, torch.arange(n, device=tokens.device).expand(B, n)
+        raise ValueError(f"cannot merge to {k} tokens by steps of {step} with {method!r}: "
+                         f"numbers start at 1, methods are {', '.join(MERGES)}")
+    n = tokens.shape[1]
+    values = at_least_float32(tokens)
+    if n <= k or MERGES[method] is None:
+        k, group = n, numbered(tokens)
     else:
-        with torch.no_grad():
-            group = MERGES[method](tokens, k, step)
-    sizes = group_sizes(group, k).to(tokens.dtype)  # (B,k)
-    merged = add_groups(tokens, group, k) / sizes.clamp(min=1)[..., None]  # (B,k,D)
-    return (merged, sizes, group) if sources else (merged, sizes)
+        with torch.no_grad(), no_autocast(tokens.device):
+            group = MERGES[method](values, k, step)  # (B,n)
+    sizes = group_sizes(group, k).to(values.dtype)  # (B,k)
+    merged = (add_groups(values, group, k) / sizes[..., None]).to(tokens.dtype)  # (B,k,D)
+    if sources:
+        return merged, sizes, group
+    return merged, sizes

@@ -1,50 +1,94 @@
 """TC-CLIP: video-conditional prompting (Kim et al., ECCV 2024, section 3.3) and the whole model.
 
-The prompt is [start, M learnable vectors, class name, ".", end]. Before text block j the vectors take up the video
-(PromptLayer), then the block runs as usual: the whole text tower for every video and class. But it is causal and the
-vectors stand before the name, so for prompting before the last block (the paper's) exactly this is enough [ours]:
+The prompt of a class is [start, M learnable vectors, class name, ".", end]. Before text block j (in
+the paper the last) the vectors take up the context tokens of the video (PromptLayer). Then block j
+runs as usual, and the text feature is read at the end token.
 
-    everything before block j is the same for all videos      once per class set (in training once per step)
-    the vectors at j's entrance are the same for all classes  prompted once per video, (B,M,W)
-    in block j only the end tokens' rows are used             one query per class: all that is new is its attention
-                                                              to M vectors, then W_o and the MLP on (B,C,W)
+Plainly, the text tower runs once for every video and class; tests/plain.py does so. But the tower
+is causal and the vectors stand before the name. So if j is the last block, this is enough [ours]:
 
-Letters as in clip_vit.py and temporal_context.py, and: M prompt vectors, W text width (= E, as the video is prompted in).
+    what comes before block j depends on no video      once per class set (`class_side`)
+    the vectors that enter block j depend on no class  prompted once per video, (B,M,W)
+    only the end rows of block j's output are used     one query per class; only its attention to
+                                                       the M vectors, W_o and the MLP see the video
+
+Sections: prompting; configuration; the model; released checkpoints.
+
+Letters as in clip_vit.py and temporal_context.py, and: M prompt vectors, W text width. W = E, since
+the context tokens come from the joint space.
 """
 
+import copy
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from clip_vit import Attention, TextCache, cosine_logits, knob, no_string, split_capitals
-from temporal_context import ContextTower
+from clip_vit import TextCache, cosine_logits, knob, no_string, require_text, split_capitals
+from temporal_context import CHOICES, ContextTower, add_mlp
 
+
+# ---- prompting -----------------------------------------------------------------------------------
 
 class PromptLayer(nn.Module):
-    """p^ = p + MHCA(LN_p p, LN_s c, LN_s c),  p~ = p^ + MLP(LN p^): multi-head cross-attention to the video. [paper]
+    """Multi-head cross-attention of the prompt vectors p to the video's context c. [paper]
 
-    Begun with the CLIP weights of text block `block`, whose LN_1 gives LN_p (ln_1) and LN_s (ln_1_kv). [released]
+        p^ = p + MHCA(LN_p p, LN_s c, LN_s c)
+        p~ = p^ + MLP(LN p^)
+
+    It begins with the weights of the text block before which it stands. [released] LN_p is `ln_1`,
+    LN_s is `ln_1_kv`; both begin as that block's LN_1.
     """
 
     def __init__(self, block):
         super().__init__()
-        width = len(block.ln_1.weight)
-        self.attn, self.ln_1, self.ln_1_kv, self.ln_2 = Attention(width), *(nn.LayerNorm(width) for _ in range(3))
-        self.mlp = type(block)(width).mlp
-        state = {name: value.detach().clone() for name, value in block.state_dict().items()}
-        self.load_state_dict(state | {name.replace("ln_1", "ln_1_kv"): state[name].clone() for name in
-                                      ("ln_1.weight", "ln_1.bias")}, assign=True)
+        self.attn = copy.deepcopy(block.attn)
+        self.ln_1 = copy.deepcopy(block.ln_1)
+        self.ln_1_kv = copy.deepcopy(block.ln_1)
+        self.ln_2 = copy.deepcopy(block.ln_2)
+        self.mlp = copy.deepcopy(block.mlp)
 
     def forward(self, p, c):
-        """Vectors p (B,M,W), video c (B,k,W) -> p~ (B,M,W)."""
+        """Vectors p (B,M,W) and context c (B,k,W) -> p~ (B,M,W)."""
         p = p + self.attn(self.ln_1(p), self.ln_1_kv(c))
         return p + self.mlp(self.ln_2(p))
 
 
+class ClassSide(NamedTuple):
+    """What no video changes in the last text block, at the end token of each class."""
+
+    x: torch.Tensor  # (C,W) the end token's row
+    q: torch.Tensor  # (C,H,d) its query
+    logit: torch.Tensor  # (C,H) of the one key that stands for start and name
+    value: torch.Tensor  # (C,H,d) of that key
+    vectors: torch.Tensor  # (M,W) the vectors that enter the block, the same for every class
+
+
+def end_rows(x, tokens):
+    """The rows of x (...,C,L,W) at the end tokens, which have the largest ids: (...,C,W)."""
+    classes = torch.arange(len(tokens), device=tokens.device)
+    return x[..., classes, tokens.argmax(dim=-1), :]
+
+
+def as_one_key(q, k, v, hidden):
+    """Many keys as one: q (C,H,1,d), k and v (C,H,n,d) -> its logit (C,H) and its value (C,H,d).
+
+    logit = log-sum-exp(q k / sqrt(d)) and value = softmax(q k / sqrt(d)) v: beside any other keys,
+    a softmax gives the one key the weight of all n. Keys that are `hidden` (C,n) do not count.
+    """
+    logits = q @ k.transpose(-1, -2) / k.shape[-1] ** 0.5  # (C,H,1,n)
+    logits = logits.masked_fill(hidden[:, None, None], -torch.inf)
+    value = logits.softmax(dim=-1) @ v  # (C,H,1,d)
+    return logits.logsumexp(dim=-1)[..., 0], value[:, :, 0]
+
+
+# ---- configuration -------------------------------------------------------------------------------
+
 @dataclass(frozen=True)
 class TCConfig:
-    """What TC-CLIP is made of; the defaults are the paper's."""
+    """What TC-CLIP is made of; the defaults are the paper's. Raises ValueError on a wrong value."""
 
     frames: int = knob(16, "T, needed by joint positions")
     context_tokens: int = knob(96, "k: all that the frames hand on to the next block")
@@ -53,186 +97,346 @@ class TCConfig:
     positions: str = knob("space", "space: the same for all frames; joint: one per frame and token")
     local_global_bias: bool = knob(True, "one for own and one for reference tokens, per head")
     text_length: int = knob(30, "longest prompt, in tokens")
-    merge: str = knob("bipartite", "bipartite, none, random, kmeans, dpc-knn")
-    reference: str = knob("context", "what frames look at: context, class, neighbour, all, none")
+    merge: str = knob("bipartite", ", ".join(CHOICES["merge"]))
+    reference: str = knob("context", f"what frames look at: {', '.join(CHOICES['reference'])}")
     reference_blocks: tuple | None = knob(
         None, "which vision blocks look at it; None: all but the first")
     prompt: str = knob("a photo of a", "the M vectors begin as these words' embeddings")
     prompting: str = knob(
-        "video", "video: conditioned on it; learned: vectors alone; none: the words, fixed")
+        "video", "video: prompted by the video; learned: only the vectors; none: the fixed words")
     prompt_blocks: tuple = knob((-1,), "text blocks before which the vectors are prompted")
     context_blocks: tuple = knob((-1,), "the vision blocks whose context each of them gets")
     stop_gradient: bool = knob(True, "no gradient from the text into the vision tower")
 
     def __post_init__(self):
-        for name, known in (("positions", ("space", "joint")), ("prompting", ("video", "learned", "none")),
-                            ("reference", ("context", "class", "neighbour", "all", "none")),
-                            ("merge", ("bipartite", "none", "random", "kmeans", "dpc-knn"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
-        if not 0 < self.seed_ratio <= 1:
-            raise ValueError(f"seed_ratio is {self.seed_ratio}; it must lie above 0 and be at most 1")
+        choices = CHOICES | {"prompting": ("video", "learned", "none")}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is unknown; use one of {', '.join(known)}")
         for name in ("frames", "context_tokens", "merge_step", "text_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not 0 < self.seed_ratio <= 1:
+            raise ValueError(f"seed_ratio is {self.seed_ratio}; it must lie above 0, up to 1")
         if len(self.prompt_blocks) != len(self.context_blocks) or not self.prompt_blocks:
-            raise ValueError(f"prompt_blocks {self.prompt_blocks} and context_blocks {self.context_blocks} must pair up")
+            raise ValueError(f"prompt_blocks {self.prompt_blocks} and context_blocks "
+                             f"{self.context_blocks} must pair up")
 
+
+def check_blocks(name, blocks, count):
+    """Raises ValueError if a number names none of `count` blocks; -1 is the last block."""
+    for i in blocks:
+        if not -count <= i < count:
+            raise ValueError(f"{name} {blocks}: there are blocks 0 to {count - 1}, "
+                             f"or -{count} to -1")
+
+
+# ---- the model -----------------------------------------------------------------------------------
 
 class TCCLIP(nn.Module):
-    """TC-CLIP: the vision tower with temporal context, and text prompted by each video's context tokens."""
+    """TC-CLIP: vision with temporal context, and text prompted by each video's context tokens.
+
+    Raises ValueError if the config does not fit the CLIP.
+    """
 
     def __init__(self, clip, config=TCConfig()):
         super().__init__()
+        require_text(clip, "TC-CLIP")
         self.clip, self.config = clip, config
-        text_blocks, vision_blocks = clip.transformer.resblocks, clip.visual.transformer.resblocks
-        W, E = clip.text_projection.shape
-        if config.prompting == "video" and E != W:
-            raise ValueError(f"video prompting needs a joint width ({E}) equal to the text width ({W}); "
-                             "these weights allow prompting=learned")
-        for name, blocks, count in (("prompt_blocks", config.prompt_blocks, len(text_blocks)),
-                                    ("context_blocks", config.context_blocks, len(vision_blocks)),
-                                    ("reference_blocks", config.reference_blocks or (), len(vision_blocks))):
-            if any(not -count <= i < count for i in blocks):
-                raise ValueError(f"{name} {blocks}: there are blocks 0 to {count - 1} (or -{count} to -1)")
-        self.levels = {j % len(text_blocks): i % len(vision_blocks)  # text block: the vision block whose context it gets
-                       for j, i in zip(config.prompt_blocks, config.context_blocks) if config.prompting == "video"}
-        if config.prompting == "video" and len(self.levels) < len(config.prompt_blocks):
-            raise ValueError(f"prompt_blocks {config.prompt_blocks} name a block twice")
+        self.levels = self.prompt_levels()
         self.vision = ContextTower(clip.visual, config, self.levels.values())
-        words = clip.tokenize([config.prompt])[0]
-        words = words[1:int(words.argmax())]  # without start and end: M ids
-        self.vectors = nn.Parameter(clip.token_embedding.weight[words].detach().clone(),  # (M,W)
-                                    requires_grad=config.prompting != "none")
-        self.prompt_layers = nn.ModuleList(PromptLayer(text_blocks[j]) for j in sorted(self.levels))
+        tokens = clip.tokenize([config.prompt])[0]
+        words = tokens[1:int(tokens.argmax())]  # (M,), without start and end
+        vectors = clip.token_embedding.weight[words].detach().clone()  # (M,W)
+        self.vectors = nn.Parameter(vectors, requires_grad=config.prompting != "none")
+        self.prompt_layers = nn.ModuleList(PromptLayer(self.text_blocks[j]) for j in self.levels)
+        self.fast_text = list(self.levels) == [len(self.text_blocks) - 1]  # as in the paper
         self.text_cache = TextCache(clip)
         self.register_buffer("tokens", None, persistent=False)
-        self.register_buffer("end", None, persistent=False)
-        clip.token_embedding.requires_grad_(False)  # [released] the one CLIP tensor that is not trained
+        clip.token_embedding.requires_grad_(False)  # [released] the only CLIP tensor not trained
+
+    @property
+    def text_blocks(self):
+        return self.clip.transformer.resblocks
+
+    def prompt_levels(self):
+        """{text block: the vision block whose context prompts it}, in the order of text blocks."""
+        config, clip = self.config, self.clip
+        vision_count = len(clip.visual.transformer.resblocks)
+        check_blocks("prompt_blocks", config.prompt_blocks, len(self.text_blocks))
+        check_blocks("context_blocks", config.context_blocks, vision_count)
+        check_blocks("reference_blocks", config.reference_blocks or (), vision_count)
+        if config.prompting != "video":
+            return {}
+        W, E = clip.text_projection.shape
+        if E != W:
+            raise ValueError(f"video prompting needs a joint width ({E}) equal to the text width "
+                             f"({W}); these weights allow prompting=learned")
+        levels = {}
+        for j, i in zip(config.prompt_blocks, config.context_blocks):
+            levels[j % len(self.text_blocks)] = i % vision_count
+        if len(levels) < len(config.prompt_blocks):
+            raise ValueError(f"prompt_blocks {config.prompt_blocks} name a block twice")
+        return dict(sorted(levels.items()))
 
     def set_classes(self, names):
-        """Class names as in the dataset's files; capitals are split and underscores become spaces [released]."""
+        """Sets the classes; names are as in the dataset's files. Raises ValueError if one is too
+        long for text_length."""
+        self.tokens = self.tokenize(names)
+        self.text_cache.drop()
+
+    def tokenize(self, names):
+        """Class names -> their prompts' tokens (C,L), cut at the longest: the tower is causal.
+
+        [released] Capitals are split and underscores become spaces.
+        """
         names = [split_capitals(name).replace("_", " ") for name in no_string(names)]
         length = min(self.config.text_length, len(self.clip.positional_embedding))
         tokens = self.clip.tokenize([f"{self.config.prompt} {name}." for name in names], length)
-        self.end = tokens.argmax(dim=-1)  # (C,)
-        self.tokens = tokens[:, :int(self.end.max()) + 1]  # (C,L), cut as in CLIP.encode_text
-        self.text_cache.drop()
-
-    def encode_video(self, video):
-        """Normalised video (B,T,3,R,R) -> its feature (B,E), the mean of its frames'; not normalised."""
-        return self.vision(self.clip.visual, video)[0].mean(dim=1)
+        longest = int(tokens.argmax(dim=-1).max()) + 1
+        return tokens[:, :longest]
 
     def forward(self, video):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
         if self.tokens is None:
             raise ValueError("no classes yet: call set_classes(names) first")
-        frames, contexts, _ = self.vision(self.clip.visual, video)  # (B,T,E), {block: (B,k,E)}
+        feature, contexts = self.encode(video)
+        text = self.encode_text(contexts)  # (B,C,E), or (C,E) if no video is prompted in
+        logits = cosine_logits(feature, text, self.clip.logit_scale)
+        return logits, logits.new_zeros(())
+
+    def encode(self, video):
+        """Normalised video (B,T,3,R,R) -> feature (B,E), contexts for the text {block: (B,k,E)}."""
+        frames, contexts, _ = self.vision(self.clip.visual, video)
         if self.config.stop_gradient:  # c = SG(context tokens, projected to E) [paper]
             contexts = {i: context.detach() for i, context in contexts.items()}
-        text = self.encode_text(contexts)  # (B,C,E), or (C,E) if no video is prompted in
-        logits = cosine_logits(frames.mean(dim=1), text, self.clip.logit_scale)
-        return logits, logits.new_zeros(())
+        return frames.mean(dim=1), contexts
+
+    def encode_video(self, video):
+        """Embeds videos: normalised (B,T,3,R,R) -> the mean of the frames' features (B,E).
+
+        The features are not normalised. Use this and `encode_names` to embed: TC-CLIP compares
+        their cosine.
+        """
+        return self.encode(video)[0]
+
+    def encode_names(self, names, video=None):
+        """Embeds class names, prompted by each video (B,T,3,R,R): (B,C,E), not normalised.
+
+        Without a video it gives (C,E): the vectors stay as they were learned, and no prompt layer
+        runs [ours]. It also gives (C,E) if the config prompts no video in.
+        """
+        tokens = self.tokenize(names)
+        if video is None:
+            return self.project(end_rows(self.first_blocks(tokens), tokens))
+        return self.prompt_text(self.shared_text(tokens), tokens, self.encode(video)[1])
 
     # ---- text
 
     def encode_text(self, contexts):
-        """Text features prompted by each video's context {block: (B,k,E)} -> (B,C,E); (C,E) without prompting."""
-        blocks, last = self.clip.transformer.resblocks, len(self.clip.transformer.resblocks) - 1
-        if set(self.levels) == {last}:  # the paper's: of the last block only what is new
-            side = self.text_cache(self.class_side)
-            x = blocks[last].run(self.last_block, *side, contexts[self.levels[last]])  # (B,C,W)
-        else:
-            x = self.text_cache(self.shared_blocks)  # (C,L,W)
-            if self.levels:
-                x = self.prompted_blocks(x, contexts)  # (B,C,L,W)
-            x = x[..., torch.arange(len(self.end), device=x.device), self.end, :]  # (...,C,W)
-        return self.clip.ln_final(x) @ self.clip.text_projection  # (...,C,E)
+        """The classes' text, prompted by {block: (B,k,E)} -> (B,C,E); (C,E) if by no video."""
+        shared = self.text_cache(lambda: self.shared_text(self.tokens))
+        return self.prompt_text(shared, self.tokens, contexts)
+
+    def shared_text(self, tokens):
+        """What no video changes: the rows (C,L,W) that enter the first prompted block, or all rows;
+        in the fast form the ClassSide."""
+        if self.fast_text:
+            return self.class_side(tokens)
+        return self.first_blocks(tokens, min(self.levels, default=None))
+
+    def prompt_text(self, shared, tokens, contexts):
+        """What the videos change: shared_text and {block: (B,k,E)} -> (B,C,E)."""
+        if self.fast_text:
+            (context,) = contexts.values()
+            x = self.text_blocks[-1].run(self.last_block, shared, context)
+            return self.project(x)
+        if self.levels:
+            shared = self.prompted_blocks(shared, contexts)  # (B,C,L,W)
+        return self.project(end_rows(shared, tokens))
+
+    def project(self, x):
+        """End rows after the last block (...,W) -> text features (...,E)."""
+        return self.clip.ln_final(x) @ self.clip.text_projection
 
     def with_vectors(self, x, p):
-        """Puts the vectors p (...,M,W) into positions 1..M of every class's prompt x (...,C,L,W)."""
-        p = p.unsqueeze(-3).expand(*x.shape[:-2], -1, -1)  # (...,C,M,W)
-        return torch.cat([x[..., :1, :], p, x[..., 1 + len(self.vectors):, :]], dim=-2)
+        """Puts the vectors p (...,M,W) at positions 1..M of every class's prompt x (...,C,L,W)."""
+        start, name = x[..., :1, :], x[..., 1 + p.shape[-2]:, :]
+        p = p.unsqueeze(-3).expand(*start.shape[:-2], -1, -1)  # (...,C,M,W)
+        return torch.cat([start, p, name], dim=-2)
 
-    def shared_blocks(self):
-        """The text blocks before the first prompted one, the same for all videos: (C,L,W)."""
-        x = self.with_vectors(self.clip.token_embedding(self.tokens), self.vectors)
+    def first_blocks(self, tokens, count=None):
+        """The first `count` text blocks (None: all), unprompted: tokens (C,L) -> (C,L,W)."""
+        x = self.with_vectors(self.clip.token_embedding(tokens), self.vectors)
         x = x + self.clip.positional_embedding[:x.shape[1]]
-        blocks = self.clip.transformer.resblocks
-        for block in blocks[:min(self.levels, default=len(blocks))]:
+        for block in self.text_blocks[:count]:
             x = block(x, causal=True)
         return x
 
-    def class_side(self):
-        """All of the last block that no video changes: the end rows, their queries, and their attention to start and name.
-
-        Start and name act on an end token as *one* key would, with logit log-sum-exp(q k) and value softmax(q k) v.
-        -> x (C,W), q (C,H,d), logit (C,H), value (C,H,d), and the vectors at the block's entrance (M,W).
-        """
-        x, block, M = self.shared_blocks(), self.clip.transformer.resblocks[-1], len(self.vectors)
-        vectors = x[0, 1:1 + M]  # (M,W), the same in every class
-        fixed = torch.cat([x[:, :1], x[:, 1 + M:]], dim=1)  # (C,L-M,W): row 0 is position 0, any other row i is i + M
-        k, v = block.attn.keys_values(block.ln_1(fixed))  # (C,H,L-M,d)
-        x = x[torch.arange(len(x), device=x.device), self.end]  # (C,W)
-        q = block.attn.queries(block.ln_1(x[:, None]))  # (C,H,1,d)
-        beyond = torch.arange(k.shape[-2], device=x.device) > self.end[:, None] - M  # (C,L-M): behind the end token
-        scores = q @ k.transpose(-1, -2) / k.shape[-1] ** 0.5  # (C,H,1,L-M)
-        scores = scores.masked_fill(beyond[:, None, None], -torch.inf)
-        return x, q[:, :, 0], scores.logsumexp(dim=-1)[..., 0], (scores.softmax(dim=-1) @ v)[:, :, 0], vectors
-
-    def last_block(self, x, q, logit, value, vectors, context):
-        """The last block at the end tokens, given its class side and each video's context (B,k,W) -> (B,C,W)."""
-        B, block = len(context), self.clip.transformer.resblocks[-1]
-        p = self.prompt_layers[-1](vectors.expand(B, -1, -1), context)  # (B,M,W)
-        k, v = block.attn.keys_values(block.ln_1(p))  # (B,H,M,d)
-        scores = torch.einsum("chd,bhmd->bchm", q, k) / k.shape[-1] ** 0.5  # (B,C,H,M)
-        a = torch.cat([logit[..., None].expand(B, -1, -1, -1), scores], dim=-1).softmax(dim=-1)  # (B,C,H,1+M)
-        heads = a[..., :1] * value + torch.einsum("bchm,bhmd->bchd", a[..., 1:], v)  # (B,C,H,d)
-        x = x + block.attn.out_proj(heads.flatten(-2))  # (B,C,W)
-        return x + block.mlp(block.ln_2(x))
-
     def prompted_blocks(self, x, contexts):
-        """Prompting before earlier blocks: from there on every block once per video *and* class, (C,L,W) -> (B,C,L,W).
+        """All blocks from the first prompted one on, per video and class: (C,L,W) -> (B,C,L,W).
 
-        [released] The vectors that enter a later level are those that the previous block produced.
+        [released] The vectors that enter a later level are those that the block before it made.
         """
-        B, M, blocks = len(next(iter(contexts.values()))), len(self.vectors), self.clip.transformer.resblocks
-        layers = dict(zip(sorted(self.levels), self.prompt_layers))
+        B, M = next(iter(contexts.values())).shape[0], len(self.vectors)
+        layers = dict(zip(self.levels, self.prompt_layers))
         x = x.expand(B, -1, -1, -1)  # (B,C,L,W)
-        for j in range(min(self.levels), len(blocks)):
+        for j in range(min(self.levels), len(self.text_blocks)):
             if j in layers:
-                x = self.with_vectors(x, layers[j](x[:, 0, 1:1 + M], contexts[self.levels[j]]))
-            x = blocks[j](x.flatten(0, 1), causal=True).unflatten(0, (B, -1))
+                p = layers[j](x[:, 0, 1:1 + M], contexts[self.levels[j]])  # (B,M,W)
+                x = self.with_vectors(x, p)
+            rows = self.text_blocks[j](x.flatten(0, 1), causal=True)  # (B*C,L,W)
+            x = rows.unflatten(0, x.shape[:2])
         return x
+
+    # ---- text in fast form [ours, exact]: may be skipped at first reading; tests/test_tc.py,
+    # test_fast_form_equals_the_plain_form proves that it equals prompted_blocks
+
+    def class_side(self, tokens):
+        """What no video changes in the last block, at the end rows: tokens (C,L) -> ClassSide."""
+        x = self.first_blocks(tokens, -1)  # (C,L,W), all blocks but the last
+        block, M = self.text_blocks[-1], len(self.vectors)
+        vectors = x[0, 1:1 + M]  # (M,W)
+        fixed = torch.cat([x[:, :1], x[:, 1 + M:]], dim=1)  # (C,L-M,W), start and name
+        k, v = block.attn.keys_values(block.ln_1(fixed))  # (C,H,L-M,d)
+        position = torch.arange(fixed.shape[1], device=x.device)
+        behind_end = position > tokens.argmax(dim=-1, keepdim=True) - M  # (C,L-M)
+        x = end_rows(x, tokens)  # (C,W)
+        q = block.attn.queries(block.ln_1(x[:, None]))  # (C,H,1,d)
+        logit, value = as_one_key(q, k, v, behind_end)
+        return ClassSide(x, q[:, :, 0], logit, value, vectors)
+
+    def last_block(self, side, context):
+        """The last block's end rows (B,C,W), from the class side and each context (B,k,W)."""
+        B, block = context.shape[0], self.text_blocks[-1]
+        p = side.vectors.expand(B, -1, -1)  # (B,M,W)
+        p = self.prompt_layers[0](p, context)
+        k, v = block.attn.keys_values(block.ln_1(p))  # (B,H,M,d)
+        logits = torch.einsum("chd,bhmd->bchm", side.q, k) / k.shape[-1] ** 0.5  # (B,C,H,M)
+        one_key = side.logit[..., None].expand(B, -1, -1, -1)  # (B,C,H,1)
+        A = torch.cat([one_key, logits], dim=-1).softmax(dim=-1)  # (B,C,H,1+M)
+        heads = A[..., :1] * side.value  # (B,C,H,d)
+        heads = heads + torch.einsum("bchm,bhmd->bchd", A[..., 1:], v)
+        return add_mlp(block, side.x + block.attn.out_proj(heads.flatten(-2)))
+
+
+# ---- released checkpoints ------------------------------------------------------------------------
+
+RELEASED_NAMES = {  # a released key's beginning: ours; the first that fits counts
+    "image_encoder.": "clip.visual.",
+    "text_encoder.prompt_generation_layer.": "prompt_layers.",
+    "text_encoder.": "clip.",
+    "prompt_learner.ctx": "vectors",
+    "logit_scale": "clip.logit_scale",
+}
+
+
+def our_name(key):
+    """A released key -> the name of the tensor in TCCLIP."""
+    if key.endswith(".attn.local_global_bias_table"):
+        return f"vision.local_global_bias.{key.split('.')[3]}"
+    for old, new in RELEASED_NAMES.items():
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key
+
+
+def our_tensors(state_dict):
+    """A released state_dict under our names; in_proj_* joined from q_proj, k_proj and v_proj."""
+    tensors, parts = {}, {}
+    for key, value in state_dict.items():
+        key, value = key.removeprefix("module."), torch.as_tensor(value)
+        if key in ("prompt_learner.token_prefix", "prompt_learner.token_suffix"):
+            continue  # they follow from the class names
+        name = our_name(key)
+        if name.startswith("vision.local_global_bias."):
+            value = value.flatten(1)  # (H,1,2) -> (H,2)
+        tensors[name] = value
+    for name in list(tensors):
+        if ".q_proj." in name:
+            names = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
+            joined = torch.cat([tensors.pop(part, torch.empty(0)) for part in names])
+            tensors[name.replace(".q_proj.", ".in_proj_")] = joined
+    return tensors
 
 
 def load_released(model, state_dict):
-    """Loads a released TC-CLIP state_dict (with "module." or without) into a TCCLIP, strictly.
+    """Loads a released TC-CLIP state_dict ("module." or not) into a TCCLIP, strictly.
 
-    It has no token embedding, which was never trained; prefix and suffix follow from the class names. Raises ValueError
-    that lists the keys.
+    It holds no token embedding, which was never trained: the model keeps its own. Raises ValueError
+    that names the missing, unknown and misshapen keys.
     """
-    rename = (("image_encoder.", "clip.visual."), ("text_encoder.prompt_generation_layer.", "prompt_layers."),
-              ("text_encoder.", "clip."), ("prompt_learner.ctx", "vectors"), ("logit_scale", "clip.logit_scale"))
-    state = {}
-    for key, value in state_dict.items():
-        key = key.removeprefix("module.")
-        if key in ("prompt_learner.token_prefix", "prompt_learner.token_suffix"):
-            continue
-        key = next((new + key[len(old):] for old, new in rename if key.startswith(old)), key)
-        value = torch.as_tensor(value)
-        if key.endswith(".attn.local_global_bias_table"):
-            key, value = f"vision.local_global_bias.{key.split('.')[4]}", value.flatten(1)  # (H,1,2) -> (H,2)
-        if key == "clip.visual.positional_embedding" and model.config.positions == "joint":
-            key, frame = "vision.positions", model.vision.positions[0]  # (N,D)
-            value = value.reshape(-1, *frame.shape) if value.numel() % frame.numel() == 0 else value  # (T,N,D)
-        state[key] = value
-    for name in [name for name in state if name.endswith((".q_proj.weight", ".q_proj.bias"))]:
-        parts = [state.pop(name.replace(".q_proj.", f".{p}_proj."), torch.empty(0)) for p in "qkv"]
-        state[name.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
-    kept = {key: value for key, value in model.state_dict().items() if key == "clip.token_embedding.weight"
-            or key == "clip.visual.positional_embedding" and model.config.positions == "joint"}
+    tensors, kept = our_tensors(state_dict), ["clip.token_embedding.weight"]
+    if model.config.positions == "joint":
+        kept.append("clip.visual.positional_embedding")
+        joint = tensors.pop("clip.visual.positional_embedding", torch.empty(0))
+        shape = model.vision.positions.shape  # (T,N,D)
+        if joint.numel() == shape.numel():
+            joint = joint.reshape(shape)
+        tensors["vision.positions"] = joint
+    own = model.state_dict()
+    for name in kept:
+        tensors[name] = own[name]
     try:
-        model.load_state_dict(kept | state)
+        model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError("not a released TC-CLIP of this architecture: " + " ".join(str(error).split())) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"not a released TC-CLIP of this architecture: {reason:.240}") from error
+
+
+def joint_frames(shape):
+    """How many frames have positions of their own in a table (N,D), (T*N,D), (1,T*N,D) or (T,N,D).
+
+    N - 1, the number of patches, is a square. If several T fit, the smallest counts.
+    """
+    if len(shape) == 3 and shape[0] > 1:
+        return shape[0]
+    rows = math.prod(shape[:-1])
+    for T in range(1, rows):
+        patches = rows // T - 1
+        if rows % T == 0 and math.isqrt(patches) ** 2 == patches:
+            return T
+    raise ValueError(f"{rows} rows of positional_embedding fit no number of frames")
+
+
+def numbers(names, start, end=""):
+    """The sorted numbers that follow `start` in the names that begin and end so."""
+    found = set()
+    for name in names:
+        if name.startswith(start) and name.endswith(end):
+            found.add(int(name.removeprefix(start).split(".")[0]))
+    return sorted(found)
+
+
+def released_config(state_dict, **given):
+    """The TCConfig of a released TC-CLIP state_dict ("module." or not), as far as its tensors tell.
+
+    They tell the positions, with the number of frames if these are joint; the text length, if
+    prompt_learner.token_suffix is there; the blocks with a bias; the prompt levels. Settings that
+    are `given` count first. Raises ValueError if the levels stay open or the positions fit nothing.
+    """
+    shapes = {key.removeprefix("module."): tuple(value.shape)
+              for key, value in state_dict.items()}
+    found = {}
+    frames = joint_frames(shapes["image_encoder.positional_embedding"])
+    if frames > 1:
+        found |= {"positions": "joint", "frames": frames}
+    suffix = shapes.get("prompt_learner.token_suffix")  # (C,L-1-M,W)
+    if suffix is not None:
+        found["text_length"] = 1 + shapes["prompt_learner.ctx"][0] + suffix[1]
+    blocks = numbers(shapes, "image_encoder.transformer.resblocks.")
+    biased = numbers(shapes, "image_encoder.transformer.resblocks.", ".local_global_bias_table")
+    if not biased:
+        found["local_global_bias"] = False
+    elif biased != blocks[1:]:
+        found["reference_blocks"] = tuple(biased)
+    levels = numbers(shapes, "text_encoder.prompt_generation_layer.")
+    if len(levels) > 1:  # [released] text block i takes the context of vision block i
+        found |= {"prompt_blocks": tuple(levels), "context_blocks": tuple(levels)}
+        known = levels == numbers(shapes, "text_encoder.transformer.resblocks.")
+        if not known and "prompt_blocks" not in given:
+            raise ValueError(f"{len(levels)} prompt layers, and no tensor tells their text blocks: "
+                             "set prompt_blocks and context_blocks")
+    return TCConfig(**found | given)

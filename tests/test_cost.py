@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clip_vit import CLIP, FramePool
 from bench_speed import ARCHITECTURES, PAPER_COSTS
 from ila import ILA, ILAConfig
-from video_prompt import TCCLIP, TCConfig
+from video_prompt import TCCLIP, ClassSide, TCConfig
 
 
 def multiply_adds(call):
@@ -35,7 +35,8 @@ def video_cost(model, trimmed, frames=16):
         visual, context = model.clip.visual, None
         tokens = visual.tokens(video[0])[None]
         for i, block in enumerate(visual.transformer.resblocks):
-            tokens, context, _ = model.vision.block(block, i, False, tokens, context)
+            tokens, summary = model.vision.run_block(block, i, tokens, context)
+            context = summary.context if summary else None
         tokens[:, :, 0] @ visual.proj, context @ visual.proj
     return multiply_adds(whole)
 
@@ -54,7 +55,8 @@ def video_text_cost(model, classes):
     """G multiply-adds that a video's prompts add, once what the class set needs is computed."""
     def meta(*shape):
         return torch.empty(*shape, device="meta")
-    side = meta(classes, 512), meta(classes, 8, 64), meta(classes, 8), meta(classes, 8, 64), meta(4, 512)
+    side = ClassSide(meta(classes, 512), meta(classes, 8, 64), meta(classes, 8),
+                     meta(classes, 8, 64), meta(4, 512))
     model.text_cache.keep(side)
     return multiply_adds(lambda: model.encode_text({11: meta(1, 96, 512)}))
 

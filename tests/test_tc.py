@@ -1,9 +1,9 @@
-"""TC-CLIP: a plain form, frame by frame and pair by pair, against the fast one; properties; the released figures."""
+"""TC-CLIP: the plain form against the fast one, properties, the released code's figures."""
 
 import json
-import math
 
 import numpy as np
+import plain
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_vit import FramePool, PoolConfig, load_clip
-from temporal_context import biased_attention, reference_kv
-from token_merge import merge_to
+from temporal_context import CHOICES, biased_attention, reference_kv
 from video_prompt import TCCLIP, TCConfig, load_released
 
 NAMES = ["red to blue", "green_to_cyan", "OneTwo", "x"]
@@ -36,81 +35,7 @@ def clips(batch=2, frames=3, seed=0, dtype=torch.float64):
     return torch.randn(batch, frames, 3, 32, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-# ---- the plain form: METHOD as it reads, one video, one frame, one pair of video and class at a time -------------------
-
-def heads(attn, x, part):
-    """Query, key or value (part 0, 1, 2) of x (n,D) -> (H,n,d)."""
-    D = x.shape[-1]
-    y = x @ attn.in_proj_weight[part * D:(part + 1) * D].T + attn.in_proj_bias[part * D:(part + 1) * D]
-    return y.view(len(x), -1, 64).transpose(0, 1)
-
-
-def plain_attention(attn, q_in, kv_in, bias=None):
-    """-> output (n,D) and A (H,n,m), with an additive bias (H,1 or n,m)."""
-    q, k, v = heads(attn, q_in, 0), heads(attn, kv_in, 1), heads(attn, kv_in, 2)
-    scores = q @ k.transpose(1, 2) / math.sqrt(64)
-    A = (scores if bias is None else scores + bias).softmax(dim=-1)
-    return (A @ v).transpose(0, 1).flatten(1) @ attn.out_proj.weight.T + attn.out_proj.bias, A
-
-
-def plain_vision(model, video):
-    """One video (T,3,R,R) -> projected class tokens (T,E), and every block's context tokens, projected (k,E)."""
-    visual, c = model.clip.visual, model.config
-    tokens = [visual.ln_pre(frame + (model.vision.positions[t] if c.positions == "joint" else visual.positional_embedding))
-              for t, frame in enumerate(visual.tokens(video))]
-    context, contexts = None, []
-    for l, block in enumerate(visual.transformer.resblocks):
-        rows, found = [], []
-        for x in tokens:
-            kv, bias = block.ln_1(x), None
-            if l > 0:
-                kv = torch.cat([kv, block.ln_1(context)])
-                if c.local_global_bias:
-                    local, other = model.vision.local_global_bias[str(l)].unbind(dim=1)
-                    bias = torch.cat([local[:, None].expand(-1, len(x)), other[:, None].expand(-1, len(context))], 1)[:, None]
-            out, A = plain_attention(block.attn, block.ln_1(x), kv, bias)
-            x = x + out
-            score = A[:, 0, 1:len(x)].mean(dim=0)
-            best = sorted(range(len(score)), key=lambda p: (-score[p].item(), p))[:int(len(score) * c.seed_ratio)]
-            rows.append(x)
-            found.append(x[1:][best])
-        context = merge_to(torch.cat(found)[None], c.context_tokens, c.merge_step, c.merge)[0][0]
-        tokens = [x + block.mlp(block.ln_2(x)) for x in rows]
-        context = context + block.mlp(block.ln_2(context))
-        contexts.append(visual.ln_post(context) @ visual.proj)
-    return torch.stack([visual.ln_post(x[0]) @ visual.proj for x in tokens]), contexts
-
-
-def plain_text(model, contexts, tokens):
-    """One video's contexts and one class's tokens (L,), uncut -> (E,): the whole text tower for this pair."""
-    clip, c, M = model.clip, model.config, len(model.vectors)
-    blocks = clip.transformer.resblocks
-    levels = {j % len(blocks): contexts[i % len(contexts)] for j, i in zip(c.prompt_blocks, c.context_blocks)}
-    x = clip.token_embedding(tokens)
-    x = torch.cat([x[:1], model.vectors, x[1 + M:]]) + clip.positional_embedding[:len(tokens)]
-    causal = torch.full((len(x), len(x)), -torch.inf, dtype=x.dtype).triu(1)
-    for j, block in enumerate(blocks):
-        if j in levels and c.prompting == "video":
-            layer, p = model.prompt_layers[sorted(levels).index(j)], x[1:1 + M]
-            video = levels[j].detach() if c.stop_gradient else levels[j]
-            p = p + plain_attention(layer.attn, layer.ln_1(p), layer.ln_1_kv(video))[0]
-            p = p + layer.mlp(layer.ln_2(p))
-            x = torch.cat([x[:1], p, x[1 + M:]])
-        x = x + plain_attention(block.attn, block.ln_1(x), block.ln_1(x), causal)[0]
-        x = x + block.mlp(block.ln_2(x))
-    return clip.ln_final(x[int(tokens.argmax())]) @ clip.text_projection
-
-
-def plain_logits(model, video):
-    names = [name.replace("_", " ") for name in ["red to blue", "green_to_cyan", "One Two", "x"]]
-    tokens = model.clip.tokenize([f"{model.config.prompt} {name}." for name in names], 32)
-    rows = []
-    for one in video:
-        frames, contexts = plain_vision(model, one)
-        text = torch.stack([plain_text(model, contexts, line) for line in tokens])
-        rows.append(model.clip.logit_scale.exp() * F.normalize(text, dim=-1) @ F.normalize(frames.mean(0), dim=-1))
-    return torch.stack(rows)
-
+# ---- the plain form (plain.py) against the fast one ----------------------------------------------
 
 PLAIN_CASES = [
     dict(),
@@ -131,14 +56,14 @@ def test_fast_form_equals_the_plain_form(case):
     F.cross_entropy(logits, labels).backward()
     fast = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    expected = plain_logits(model, video)
+    expected = plain.logits(model, video, plain.prompts(model, NAMES))
     F.cross_entropy(expected, labels).backward()
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
     assert aux == 0 and logits.shape == (2, len(NAMES))
-    plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert fast.keys() == plain.keys()
-    for name in plain:
-        torch.testing.assert_close(fast[name], plain[name], rtol=1e-8, atol=1e-11, msg=lambda m: f"{name}: {m}")
+    slow = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert fast.keys() == slow.keys()
+    for name in slow:
+        torch.testing.assert_close(fast[name], slow[name], rtol=1e-8, atol=1e-11, msg=lambda m: f"{name}: {m}")
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6))
@@ -149,11 +74,11 @@ def test_biased_attention_and_its_gradients(n, H, local, m, seed):
                      ((n, H, 3, 8), (n, H, local + m, 8), (n, H, local + m, 8), (H,)))
     fast = biased_attention(q, k, v, bias, m)
     columns = torch.cat([bias.new_zeros(H, local), bias[:, None].expand(H, m)], dim=1)[:, None]
-    plain = (q @ k.transpose(-1, -2) / 8 ** 0.5 + columns).softmax(-1) @ v
-    weight = torch.randn_like(plain)
-    torch.testing.assert_close(fast, plain)
+    formula = (q @ k.transpose(-1, -2) / 8 ** 0.5 + columns).softmax(-1) @ v
+    weight = torch.randn_like(formula)
+    torch.testing.assert_close(fast, formula)
     for a, b in zip(torch.autograd.grad((fast * weight).sum(), (q, k, v, bias)),
-                    torch.autograd.grad((plain * weight).sum(), (q, k, v, bias))):
+                    torch.autograd.grad((formula * weight).sum(), (q, k, v, bias))):
         torch.testing.assert_close(a, b)
 
 
@@ -169,6 +94,11 @@ def test_references_are_what_the_paper_names(kind, T):
         expected = {"class": [kv[:, s, :1] for s in range(T)], "neighbour": [kv[:, s, 1:] for s in near],
                     "all": [kv[:, s, 1:] for s in range(T)], "context": [context]}[kind]
         assert torch.equal(seen[:, t], torch.cat(expected, dim=1))
+
+
+def test_an_unknown_reference_is_an_error():
+    with pytest.raises(ValueError, match="'everything' is unknown.*neighbour"):
+        reference_kv("everything", torch.randn(2, 3, 4, 6), None)
 
 
 # ---- properties --------------------------------------------------------------------------------------------------------
@@ -267,9 +197,7 @@ def test_other_precisions(dtype):
 
 
 @pytest.mark.parametrize("settings", [
-    *(dict(reference=r) for r in ("context", "class", "neighbour", "all", "none")),
-    *(dict(merge=m) for m in ("bipartite", "none", "random", "kmeans", "dpc-knn")),
-    *(dict(positions=p) for p in ("space", "joint")), *(dict(prompting=p) for p in ("video", "learned", "none")),
+    *({name: value} for name, known in CHOICES.items() for value in known), *(dict(prompting=p) for p in ("video", "learned", "none")),
     dict(local_global_bias=False), dict(stop_gradient=False), dict(reference_blocks=(2, 3)), dict(context_tokens=1),
     dict(seed_ratio=1.0), dict(merge_step=1), dict(reference_blocks=(-1,))], ids=str)
 def test_every_ablation_trains(settings):
@@ -380,7 +308,7 @@ def test_released_figures(fixture, settings, layers):
     for l, s in summaries.items():
         assert (s.seeds.sort().values.numpy() == figures["seed_index"][l]).all()
         assert (s.sizes.numpy() == figures["context_sizes"][l]).all()
-        np.testing.assert_allclose(s.context.detach().norm(dim=-1).numpy(), figures["context_norms"][l], rtol=1e-10)
+        np.testing.assert_allclose(s.merged.detach().norm(dim=-1).numpy(), figures["context_norms"][l], rtol=1e-10)
     loss = F.cross_entropy(logits, torch.tensor(notes["labels"]))
     loss.backward()
     assert abs(float(loss.detach()) - figures["loss"]) < 1e-9
@@ -391,6 +319,17 @@ def test_released_figures(fixture, settings, layers):
         assert abs(float(ours.sum()) - total) <= 1e-8 * norm + 1e-10, name
         if f"grad.{name}" in figures:
             np.testing.assert_allclose(ours.numpy(), figures[f"grad.{name}"], rtol=1e-8, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fixture, settings, layers", [
+    ("c_tc_tiny", {}, 1), ("c_tc_tiny_multilevel", dict(prompt_blocks=(0, 1), context_blocks=(0, 1)), 2)])
+def test_the_plain_form_equals_the_released_figures(fixture, settings, layers):
+    model, weights = released_model("tiny", layers, frames=4, **settings)
+    figures = np.load(SHARED / "parity" / f"{fixture}.npz")
+    video = torch.from_numpy(weights.video(2, 4, 224))
+    logits = plain.logits(model, video, plain.prompts(model, weights.CLASS_NAMES))
+    np.testing.assert_allclose(logits.numpy(), figures["logits"], rtol=0, atol=1e-9)
 
 
 @torch.no_grad()
