@@ -656,7 +656,15 @@ class TextCache(nn.Module):
 
     @torch.compiler.disable  # a graph cannot keep a value between calls or cut texts to length
     def forward(self, compute, frozen=False):
-        """compute(), or what it gave before. `frozen`: no text weight trains, so keep it always."""
+        """compute(), or what it gave before. `frozen`: no text weight trains, so keep it always.
+
+        torch.export takes the kept value as a constant. Raises ValueError if there is none then.
+        """
+        if torch.compiler.is_exporting():
+            if self.value is None:
+                raise ValueError("the text is not computed yet: before torch.export run the model "
+                                 "once, in eval mode and under torch.no_grad()")
+            return self.value
         if not frozen and (self.training or torch.is_grad_enabled()):
             self.drop()  # the weights are likely to change now
             return compute()

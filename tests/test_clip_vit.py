@@ -166,6 +166,20 @@ def test_the_text_is_kept_only_while_no_weight_can_change():
         assert not torch.equal(model(video)[0], after)
 
 
+def test_export_with_any_batch():
+    """The text becomes a constant of the graph; the batch stays free."""
+    model, video = FramePool(tiny_clip(), PoolConfig("a pic")).eval(), torch.randn(5, 3, 3, 32, 32)
+    model.set_classes(["red", "blue"])
+    shapes = {"video": {0: torch.export.Dim("batch")}}
+    with pytest.raises(ValueError, match="before torch.export run the model"):
+        torch.export.export(model, (video[:2],), dynamic_shapes=shapes)
+    with torch.no_grad():
+        want = model(video)[0]
+        graph = torch.export.export(model, (video[:2],), dynamic_shapes=shapes).module()
+        for batch in (1, 2, 5):
+            torch.testing.assert_close(graph(video[:batch])[0], want[:batch], rtol=0, atol=1e-5)
+
+
 def test_wrong_resolution_is_named():
     with pytest.raises(ValueError, match=r"\(40, 40\).*32"):
         tiny_clip().encode_image(torch.zeros(1, 3, 40, 40))
