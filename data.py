@@ -418,39 +418,42 @@ def recolour(clip, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0):
 
 
 def mix_draw(rng, size, mixup=0.8, cutmix=1.0, switch=0.5):
-    """One draw per optimiser step: (lambda, box), box (top, bottom, left, right) in pixels for cutmix, None for mixup.
+    """How two neighbours are mixed: (R,R) float32, the share that a clip keeps of each own pixel.
 
-    mixup, cutmix: the a of lambda ~ Beta(a, a), 0 for never; switch: the probability of cutmix where both are on.
-    With cutmix, lambda is 1 - the true area of the box, of which the border may cut some off.
+    mixup keeps the same share everywhere, lambda ~ Beta(a, a) with a = `mixup`. cutmix keeps all
+    but a box whose area is 1 - lambda, a = `cutmix`; the border may cut some of it off. 0 is never;
+    `switch` is the probability of cutmix if both are on. rng: a numpy Generator; size: R.
     """
     if cutmix and (not mixup or rng.random() < switch):
         half = size * np.sqrt(1 - rng.beta(cutmix, cutmix)) / 2
         centre = rng.integers(size, size=2)
-        low, high = np.clip(np.rint([centre - half, centre + half]), 0, size).astype(int)
-        box = int(low[0]), int(high[0]), int(low[1]), int(high[1])
-        return float(1 - np.prod(high - low) / size**2), box
-    return float(rng.beta(mixup, mixup)) if mixup else 1.0, None
+        top, left = np.rint(centre - half).clip(0, size).astype(int)
+        bottom, right = np.rint(centre + half).clip(0, size).astype(int)
+        own = torch.ones(size, size)
+        own[top:bottom, left:right] = 0
+        return own
+    share = rng.beta(mixup, mixup) if mixup else 1.0
+    return torch.full((size, size), share)
 
 
-def mix_pairs(video, targets, lam, box):
-    """Mix each clip with its neighbour: video (B, T, 3, R, R) float, targets (B, C) -> the same shapes.
+def mix_pairs(video, targets, own):
+    """Mixes each clip x_i with its neighbour x_j, j = i^1: own x_i + (1 - own) x_j.
 
-    mixup: lam x_i + (1 - lam) x_j. cutmix: the box of x_i comes from x_j. Targets: as mixup.
-    [ours] j = i^1 and one lambda per optimiser step: dealt out in parts of even length, to processes or to accumulation
-    steps, a batch gives the same data. A last odd clip stays as it is.
+    video (B,T,3,R,R) float, targets (B,C), own (ceil(B/2),R,R): `mix_draw`'s, one for each pair.
+    Targets are mixed by the mean of `own`. Returns both in the same shapes; a last odd clip stays
+    as it is. [ours] Neighbours are mixed instead of random partners [released], so that a batch
+    cut into parts of even length, for processes or micro-batches, gives the same data.
     """
-    partner = (torch.arange(len(video), device=video.device) ^ 1).clamp(max=len(video) - 1)
-    if box is None:
-        mixed = torch.lerp(video[partner], video, lam)
-    else:
-        top, bottom, left, right = box
-        mixed = video.clone()
-        mixed[..., top:bottom, left:right] = video[partner, ..., top:bottom, left:right]
-    return mixed, torch.lerp(targets[partner], targets, lam)
+    B = len(video)
+    partner = (torch.arange(B, device=video.device) ^ 1).clamp(max=B - 1)
+    own = own.to(video.device).repeat_interleave(2, dim=0)[:B]  # (B,R,R)
+    share = own.double().mean(dim=(1, 2)).to(targets)[:, None]  # (B,1)
+    mixed = torch.lerp(video[partner], video, own[:, None, None].to(video))
+    return mixed, torch.lerp(targets[partner], targets, share)
 
 
 def soft_targets(labels, classes, smoothing=0.0):
-    """labels (B,) -> (B, C) float: 1 - smoothing on the label, and smoothing spread evenly over all classes."""
+    """labels (B,) -> (B,C) float: 1 - smoothing on the label, and `smoothing` spread over all."""
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 

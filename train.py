@@ -525,10 +525,22 @@ def sigterm_noted():
         signal.signal(signal.SIGTERM, before)
 
 
-def forward_sums(run, clips, labels, weights, mix):
+def draw_mixing(recipe, micro_batch, size):
+    """(n,R,R): how each pair of neighbours in a micro-batch is mixed, see data.mix_draw.
+
+    It is drawn from (seed, epoch, first video of the pair).
+    """
+    own = []
+    for epoch, video, _ in micro_batch[::2]:
+        rng = np.random.default_rng([recipe.seed, epoch, video, 1])
+        own.append(data.mix_draw(rng, size, recipe.mixup, recipe.cutmix, recipe.switch))
+    return torch.stack(own)
+
+
+def forward_sums(run, clips, labels, weights, own):
     """The forward pass of a micro-batch: (3,) sums over its videos of (loss, auxiliary loss, 1).
 
-    clips (b,T,3,R,R) uint8, labels (b,), weights (b,) 0 or 1; mix: what data.mix_draw drew.
+    clips (b,T,3,R,R) uint8, labels (b,), weights (b,) 0 or 1; own: see draw_mixing.
     """
     recipe = run.recipe
     device = run.model.clip.logit_scale.device
@@ -536,7 +548,7 @@ def forward_sums(run, clips, labels, weights, mix):
     video = data.normalise(clips.to(device, non_blocking=True), recipe.pixels)
     classes = len(run.training.video_list.classes)
     targets = data.soft_targets(labels.to(device), classes, recipe.smoothing)  # (b,C)
-    video, targets = data.mix_pairs(video, targets, *mix)
+    video, targets = data.mix_pairs(video, targets, own)
     with evaluation.autocast(device, recipe.precision):
         logits, aux = run.wrapped(video)  # (b,C), scalar
     losses = -(targets * logits.float().log_softmax(dim=-1)).sum(dim=-1)  # (b,)
@@ -544,33 +556,31 @@ def forward_sums(run, clips, labels, weights, mix):
     return torch.stack([weights @ losses, count * aux.float(), count])
 
 
-def train_step(run, loader, count, videos, epoch):
-    """One optimiser step over the loader's next `count` micro-batches of this process.
+def train_step(run, loader, micro_batches, videos):
+    """One optimiser step over this process's micro-batches, see epoch_batches, read by the loader.
 
-    Its gradient is that of the mean loss over the step's `videos`, those of all processes, however
-    they are cut up. Returns the sums over this process's videos of (loss, auxiliary loss, 1), and
-    the reading errors.
+    Its gradient is that of the mean loss over the step's `videos`, a number, those of all
+    processes, however they are cut up. Returns the sums over this process's videos of (loss,
+    auxiliary loss, 1), and the reading errors.
     """
     recipe = run.recipe
     rank, world = data.rank_and_world()
     step = run.progress["step"]
     # dropout is seeded by the step, so that no random state has to be saved
     torch.manual_seed((recipe.seed * 1_000_003 + step) * 1024 + rank)
-    rng = np.random.default_rng([recipe.seed, epoch, step, 1])
-    resolution = run.model.clip.visual.resolution
-    mix = data.mix_draw(rng, resolution, recipe.mixup, recipe.cutmix, recipe.switch)
     sums = 0
     errors = []
-    for i in range(count):
+    for i, micro_batch in enumerate(micro_batches, 1):
         clips, labels, weights, bad = next(loader)
         errors += bad
         if clips is None:
             raise ValueError("ten training videos in a row cannot be read: " + "; ".join(bad))
+        own = draw_mixing(recipe, micro_batch, run.training.views.size)
         together = contextlib.nullcontext()
-        if world > 1 and i < count - 1:
+        if world > 1 and i < len(micro_batches):
             together = run.wrapped.no_sync()  # gradients cross the network once, at the last
         with together:
-            part = forward_sums(run, clips, labels, weights, mix)
+            part = forward_sums(run, clips, labels, weights, own)
             loss = part[:2].sum() * world / videos  # DDP takes the mean over processes
             run.scaler.scale(loss).backward()
         sums = sums + part.detach()
@@ -602,7 +612,7 @@ def train_epoch(run, bar):
         for i, parts in enumerate(steps, done):
             set_rates(run.optimizer, recipe, progress["step"], run.per_epoch)
             videos = min(recipe.batch, len(run.training) - i * recipe.batch)
-            step_sums, step_errors = train_step(run, loader, len(parts), videos, epoch)
+            step_sums, step_errors = train_step(run, loader, parts, videos)
             sums = sums + step_sums
             errors += step_errors
             progress["step"] += 1

@@ -141,51 +141,61 @@ def test_resizing_keeps_flat_colours_and_its_own_size():
 # ---------------------------------------------------------------- mixing
 
 
+def is_box(rows):
+    """Whether the zeros of a mask (R,R) fill a rectangle, and all else is one."""
+    down, right = (rows == 0).any(1).nonzero(), (rows == 0).any(0).nonzero()
+    expected = torch.ones_like(rows)
+    if len(down):
+        expected[down[0]:down[-1] + 1, right[0]:right[-1] + 1] = 0
+    return torch.equal(rows, expected)
+
+
 @few
 @given(seeds, st.integers(1, 64), st.sampled_from([(0.8, 1.0), (0.8, 0.0), (0.0, 1.0), (0.0, 0.0)]))
-def test_lambda_is_the_share_of_the_own_clip(seed, size, alphas):
-    lam, box = mix_draw(generator(seed), size, *alphas)
-    assert (lam, box) == mix_draw(generator(seed), size, *alphas) and 0 <= lam <= 1
-    assert (box is None) if not alphas[1] else (box is not None or alphas[0])
+def test_the_target_keeps_the_share_that_the_clip_keeps(seed, size, alphas):
+    own = mix_draw(generator(seed), size, *alphas)
+    assert torch.equal(own, mix_draw(generator(seed), size, *alphas)) and own.shape == (size, size)
+    flat = bool((own == own[0, 0]).all()) and 0 <= own[0, 0] <= 1
+    assert flat if not alphas[1] else is_box(own) or alphas[0] and flat
     if not any(alphas):
-        assert lam == 1
-    if box is not None:
-        top, bottom, left, right = box
-        assert 0 <= top <= bottom <= size and 0 <= left <= right <= size
-        assert lam == pytest.approx(1 - (bottom - top) * (right - left) / size**2)
-        video = torch.arange(2.0).view(2, 1, 1, 1, 1).expand(2, 2, 3, size, size)
-        mixed, targets = mix_pairs(video, torch.eye(2), lam, box)
-        assert mixed[0].mean().item() == pytest.approx(1 - lam, abs=1e-5)
-        assert targets[0].tolist() == pytest.approx([lam, 1 - lam], abs=1e-6)
+        assert (own == 1).all()
+    video = torch.arange(2.0).view(2, 1, 1, 1, 1).expand(2, 2, 3, size, size)
+    mixed, targets = mix_pairs(video, torch.eye(2), own[None])
+    share = own.mean().item()
+    assert mixed[0].mean().item() == pytest.approx(1 - share, abs=1e-5)
+    assert targets[0].tolist() == pytest.approx([share, 1 - share], abs=1e-6)
 
 
 def test_switch_chooses_between_the_two():
     for switch in (0.0, 0.3, 1.0):
-        cuts = [mix_draw(generator(seed), 32, switch=switch)[1] is not None for seed in range(600)]
+        cuts = [bool((mix_draw(generator(seed), 32, switch=switch) == 1).any()) for seed in range(600)]
         assert abs(np.mean(cuts) - switch) < 0.08
-    lambdas = np.array([mix_draw(generator(seed), 32, cutmix=0)[0] for seed in range(2000)])
-    assert abs(lambdas.mean() - 0.5) < 0.03 and abs(lambdas.var() - 1 / (4 * 2.6)) < 0.01  # Beta(0.8, 0.8)
+    shares = np.array([mix_draw(generator(seed), 1, cutmix=0).item() for seed in range(2000)])
+    assert abs(shares.mean() - 0.5) < 0.03 and abs(shares.var() - 1 / (4 * 2.6)) < 0.01  # Beta(0.8, 0.8)
 
 
 @few
-@given(seeds, st.integers(1, 7), st.booleans())
-def test_pairs_never_cross(seed, batch, cut):
+@given(seeds, st.integers(1, 7))
+def test_pairs_never_cross(seed, batch):
+    """Against a loop over the clips, and any pair alone, as a batch may be dealt out in even parts."""
     rng = generator(seed)
-    lam, box = mix_draw(rng, 8, mixup=0 if cut else 0.8, cutmix=1.0 if cut else 0)
+    own = torch.stack([mix_draw(rng, 8) for _ in range(0, batch, 2)])
     video = torch.rand(batch, 2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
     targets = soft_targets(torch.from_numpy(rng.integers(0, 5, batch)), 5, 0.1)
     kept = video.clone(), targets.clone()
-    mixed, soft = mix_pairs(video, targets, lam, box)
+    mixed, soft = mix_pairs(video, targets, own)
     assert torch.equal(video, kept[0]) and torch.equal(targets, kept[1])
     assert mixed.shape == video.shape and torch.allclose(soft.sum(1), torch.ones(batch))
-    for i in range(0, batch - 1, 2):  # any pair by itself gives the same: the batch may be dealt out in even parts
-        alone, alone_soft = mix_pairs(video[i:i + 2], targets[i:i + 2], lam, box)
+    for i in range(batch):
+        j, keep = i ^ 1, own[i // 2]
+        if j == batch:  # a last odd clip
+            assert torch.equal(mixed[i], video[i]) and torch.equal(soft[i], targets[i])
+            continue
+        assert torch.allclose(mixed[i], keep * video[i] + (1 - keep) * video[j], atol=1e-6)
+        assert torch.allclose(soft[i], keep.mean() * targets[i] + (1 - keep.mean()) * targets[j], atol=1e-6)
+    for i in range(0, batch - 1, 2):
+        alone, alone_soft = mix_pairs(video[i:i + 2], targets[i:i + 2], own[i // 2:i // 2 + 1])
         assert torch.equal(mixed[i:i + 2], alone) and torch.equal(soft[i:i + 2], alone_soft)
-    if batch % 2:
-        assert torch.equal(mixed[-1], video[-1]) and torch.equal(soft[-1], targets[-1])
-    if not cut and batch > 1:
-        assert torch.allclose(mixed[0], lam * video[0] + (1 - lam) * video[1], atol=1e-6)
-        assert torch.allclose(mixed[1], lam * video[1] + (1 - lam) * video[0], atol=1e-6)
 
 
 @few

@@ -439,6 +439,6 @@ def test_512_videos_in_parts_of_8(world, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "rank_and_world", lambda: (1, 2))
     run.wrapped = Counted(run.model)
     parts = train.epoch_batches(recipe, 560, 0, 1, 2)[0]
-    sums, bad = train.train_step(run, iter(run.training.loader(parts, 0)), len(parts), 512, 0)
+    sums, bad = train.train_step(run, iter(run.training.loader(parts, 0)), parts, 512)
     assert (run.wrapped.passes, run.wrapped.local) == (32, 31)  # the last alone meets the other process
     assert sums[2] == 256 and not bad

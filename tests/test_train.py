@@ -146,6 +146,15 @@ def test_processes_and_micro_batches_never_change_the_data(count, batch, world, 
         assert pairs == mixed  # and neighbours, which are mixed, stay together
 
 
+def test_each_pair_is_mixed_in_its_own_way_wherever_it_is_computed():
+    recipe = dataclasses.replace(train.resolve_recipe("fewshot", "tc", "hmdb51"), batch=20, micro_batch=20)
+    whole = train.draw_mixing(recipe, train.epoch_batches(recipe, 20, 3)[0][0], 8)
+    assert whole.shape == (10, 8, 8) and len({own.mean().item() for own in whole}) == 10
+    small = dataclasses.replace(recipe, micro_batch=4)
+    parts = [part for rank in range(2) for part in train.epoch_batches(small, 20, 3, rank, 2)[0]]
+    assert torch.equal(whole, torch.cat([train.draw_mixing(small, part, 8) for part in parts]))
+
+
 def test_two_processes_give_the_weights_of_one(world, tmp_path):
     run(world, tmp_path / "one")
     done = command("train.py", *arguments(world, tmp_path / "two"), processes=2)
