@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_vit import FramePool, PoolConfig, load_clip
-from temporal_context import CHOICES, biased_attention, reference_kv
+from temporal_context import CHOICES, Seen, biased_attention, reference_kv, seed_scores
 from video_prompt import TCCLIP, TCConfig, load_released
 
 NAMES = ["red to blue", "green_to_cyan", "OneTwo", "x"]
@@ -194,6 +194,29 @@ def test_other_precisions(dtype):
     assert logits.dtype == dtype
     tolerance = 1e-3 if dtype == torch.float32 else 2.0  # logits reach e^2; bf16 keeps 8 bits, and may choose other seeds
     assert (logits.double() - expected).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_seeds_are_fp32_under_autocast(dtype):
+    """As from the formula in fp32, from the very queries and keys that attention has."""
+    torch.manual_seed(0)
+    q, keys, bias = torch.randn(6, 2, 1, 64).to(dtype), torch.randn(6, 2, 21, 64).to(dtype), torch.randn(2)
+    columns = torch.cat([torch.zeros(2, 17), bias[:, None].expand(2, 4)], dim=1)[:, None]
+    A = ((q.float() / 8) @ keys.float().transpose(2, 3) + columns).softmax(dim=-1)
+    with torch.autocast("cpu", dtype=dtype):
+        scores = seed_scores(q, Seen(keys, keys, 4, bias), patches=16)
+    assert scores.dtype == torch.float32 and torch.equal(scores, A[:, :, 0, 1:17].mean(dim=1))
+
+
+def test_groups_are_those_of_fp32_under_autocast():
+    """What autocast changes in a block is its tokens; from them, seeds are merged as in fp32."""
+    model = make(dtype=torch.float32).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        summaries = model.vision(model.clip.visual, clips(dtype=torch.float32)).summaries
+    for summary in summaries.values():
+        assert summary.merged.dtype == summary.scores.dtype == summary.sizes.dtype == torch.float32
+        order = summary.scores.argsort(dim=-1, descending=True, stable=True)
+        assert torch.equal(summary.seeds, order[..., :model.vision.seeds])
 
 
 @pytest.mark.parametrize("settings", [
