@@ -14,6 +14,7 @@ Letters, here and in every file: B videos, T frames, P patches, N = 1 + P tokens
 D width, E joint width, H heads of width d, C classes, L text length, R image side in pixels.
 """
 
+import contextlib
 import gzip
 import hashlib
 import html
@@ -616,6 +617,13 @@ def class_features(clip, tokens):
     if len(features) == 1:
         return features[0]
     return torch.stack([F.normalize(one, dim=-1) for one in features]).mean(dim=0)
+
+
+def full_precision(device):
+    """A context without autocast: products keep the precision of their factors. A device's type."""
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def autocast_state():

@@ -19,6 +19,7 @@ Letters as in clip_vit, and: g x g = P the patch grid, P patches, points (x, y) 
 
 import math
 import re
+import warnings
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -27,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_vit import (HEAD_WIDTH, Attention, Block, QuickGELU, TextCache, cosine_logits, knob,
-                      no_string)
+from clip_vit import (HEAD_WIDTH, Attention, Block, QuickGELU, TextCache, class_features,
+                      class_tokens, cosine_logits, full_precision, knob, no_string, require_text)
 
 FLAT = 0.25  # [released] half width of a mask's flat middle
 SLOPE = 1.5  # [released] how fast a mask falls beside it
@@ -146,7 +147,8 @@ class PointNet(nn.Module):
         # g([F_t; F_{t+1}]): the first layer of the concatenated maps is A F_t + B F_{t+1}
         h = self.A(as_maps(first)) + self.B(as_maps(second))  # (B*(T-1),c,g,g)
         h = self.layers(h).amax(dim=(2, 3))  # (B*(T-1),c)
-        points = REACH * self.point(h).tanh()  # (B*(T-1),4)
+        with full_precision(h.device.type):
+            points = REACH * self.point(h.to(self.point.weight.dtype)).tanh()  # (B*(T-1),4)
         return points.view(*first.shape[:2], 2, 2)
 
 
@@ -191,12 +193,13 @@ class Alignment(nn.Module):
         """x (B,T,N,D); `delta` is the disturbance of the points while training, else None."""
         first, second = x[:, self.pairs[:, 0], 1:], x[:, self.pairs[:, 1], 1:]  # (B,T-1,P,D)
         points = self.point_net(first, second)  # (B,T-1,2,2)
-        masks = interactive_mask(points, self.grid, delta).flatten(3)  # (B,T-1,2,P)
-        # Aligned features a = m . F; MI token = mean over space of a [paper]. The mean is computed
-        # as the product m F / P, so that a is never built.
-        sums = torch.cat([masks[:, :, :1] @ first, masks[:, :, 1:] @ second], dim=2)
-        mi = sums / first.shape[2]  # (B,T-1,2,D)
-        loss = alignment_loss(mi[:, :, 0], mi[:, :, 1])
+        with full_precision(x.device.type):  # 16 bits would blur the masks and round the loss
+            masks = interactive_mask(points, self.grid, delta).flatten(3)  # (B,T-1,2,P)
+            # Aligned features a = m . F; MI token = mean over space of a [paper]. The mean is
+            # computed as the product m F / P, so that a is never built.
+            sums = torch.cat([masks[:, :, :1] @ first, masks[:, :, 1:] @ second], dim=2)
+            mi = sums / first.shape[2]  # (B,T-1,2,D)
+            loss = alignment_loss(mi[:, :, 0], mi[:, :, 1])
 
         pair, side = self.own.T
         mi = mi[:, pair, side].unsqueeze(2)  # (B,T,1,D)
@@ -347,13 +350,15 @@ class ILA(nn.Module):
         if config.num_classes is not None:
             linear = start_normal(nn.Linear(embed, config.num_classes))
             self.head = nn.Sequential(nn.LayerNorm(embed), nn.Dropout(0.5), linear)
-        elif config.video_prompt:
+        else:
+            require_text(clip, "ILA without num_classes")
+        if self.head is None and config.video_prompt:
             self.video_prompt = VideoSpecificText(clip.visual.width, embed)
         delta = torch.tensor(DISTURBANCE, dtype=clip.visual.class_embedding.dtype)
         self.register_buffer("delta", delta)
-        self.register_buffer("tokens", None, persistent=False)  # (C,L)
+        self.register_buffer("tokens", None, persistent=False)  # (n,C,L) of n templates
         self.text_cache = TextCache(clip)
-        self.names = None
+        self.names, self.used_outputs = None, config.num_classes
         self.to(clip.visual.class_embedding)  # its device and dtype
         for name, parameter in clip.named_parameters():
             parameter.requires_grad_(self.head is None and not is_text(name))
@@ -362,28 +367,38 @@ class ILA(nn.Module):
         """Halves the disturbance of the training points in every epoch from 30 on (from 0)."""
         self.delta.fill_(DISTURBANCE * 0.5 ** max(0, epoch - DECAY_EPOCH))
 
-    def set_classes(self, names):
-        """Class names as in the dataset's files; the text is the bare name.
+    def set_classes(self, names, templates=("{}",)):
+        """Class names as in the dataset's files; the text is the bare name, or `templates`' text.
 
-        A linear head knows only the classes that it was trained on: their names are checked.
-        Raises ValueError.
+        A linear head knows only the classes that it was trained on, so that it takes names once.
+        SSv2's released heads have 400 outputs, of which 174 are used [released]: the others are
+        left out, with a warning. Raises ValueError.
         """
         names = list(no_string(names))
         if self.head is None:
-            self.tokens = self.clip.tokenize(names)
+            self.tokens = class_tokens(self.clip, names, templates)
             self.text_cache.drop()
-        elif len(names) != self.config.num_classes or self.names not in (None, names):
-            raise ValueError(f"{len(names)} class names for a linear head of "
-                             f"{self.config.num_classes} classes: it knows only those that it was "
-                             "trained on")
+        else:
+            self.check_head(names)
+            self.used_outputs = len(names)
         self.names = names
+
+    def check_head(self, names):
+        outputs = self.config.num_classes
+        too_wide = self.config.form == "released-ssv2" and len(names) < outputs
+        if self.names not in (None, names) or len(names) != outputs and not too_wide:
+            raise ValueError(f"{len(names)} class names for a linear head of {outputs} classes: it "
+                             "knows only those that it was trained on")
+        if too_wide and self.names is None:
+            warnings.warn(f"the released head has {outputs} outputs; only the first {len(names)} "
+                          "are used, one for each class", stacklevel=3)
 
     def class_text(self):
         """Class embeddings (C,E), not normalised; kept even in training, as the tower is frozen."""
         if self.tokens is None:
             raise ValueError("no classes yet: call set_classes(names) first")
         trains = any(p.requires_grad for name, p in self.clip.named_parameters() if is_text(name))
-        return self.text_cache(lambda: self.clip.encode_text(self.tokens), frozen=not trains)
+        return self.text_cache(lambda: class_features(self.clip, self.tokens), frozen=not trains)
 
     def encode(self, video):
         """Normalised video (B,T,3,R,R) -> Aligned: the last block's rows x (B,T,N,D), the weighted
@@ -412,15 +427,31 @@ class ILA(nn.Module):
         return feature.mean(dim=1)
 
     def encode_video(self, video):
-        """Normalised video (B,T,3,R,R) -> its feature (B,E), not normalised."""
+        """The way to embed videos: normalised (B,T,3,R,R) -> features (B,E), not normalised."""
         return self.integrate(self.encode(video).x)
+
+    def encode_names(self, names, video=None, templates=("{}",)):
+        """The way to embed class names: C names -> features (C,E), not normalised.
+
+        With a `video` (B,T,3,R,R), the names as that video sees them (B,C,E). Cosines with
+        encode_video are what forward compares. Raises ValueError for a model with a linear head.
+        """
+        if self.head is not None:
+            raise ValueError("this model has a linear head and no text: it cannot embed names")
+        text = class_features(self.clip, class_tokens(self.clip, names, templates))  # (C,E)
+        if video is None:
+            return text
+        if self.video_prompt is None:
+            return text.expand(video.shape[0], -1, -1)  # (B,C,E)
+        return self.video_prompt(text, self.encode(video).x[:, :, 1:])  # (B,C,E)
 
     def forward(self, video):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the weighted alignment loss."""
         x, loss, _ = self.encode(video)
         feature = self.integrate(x)
         if self.head is not None:
-            return self.head(F.normalize(feature, dim=-1)), loss
+            logits = self.head(F.normalize(feature, dim=-1))  # (B,outputs)
+            return logits[:, :self.used_outputs], loss
         text = self.class_text()  # (C,E)
         if self.video_prompt is not None:
             text = self.video_prompt(text, x[:, :, 1:])  # (B,C,E)
@@ -500,7 +531,7 @@ class ReleasedAlignment(nn.Module):
         cls, patches = u[:, :, :1], u[:, :, 1:]
         pairs = torch.cat([patches[:, :-1], patches[:, 1:]], dim=-1)  # (B,T-1,P,2D)
         h = self.interactive_block(as_maps(pairs))  # (B*(T-1),2c,g,g)
-        points = REACH * self.prediction_block(h).view(B, T - 1, 2, 2)
+        points = REACH * self.prediction_block(h).view(B, T - 1, 2, 2).to(x.dtype)
         masks = interactive_mask(points, self.grid, delta).flatten(3).unsqueeze(4)  # (B,T-1,2,P,1)
         first = masks[:, :, 0] * patches[:, :-1]  # (B,T-1,P,D)
         second = masks[:, :, 1] * patches[:, 1:]  # (B,T-1,P,D)
@@ -534,20 +565,42 @@ RELEASED_NAMES = (
 )
 
 
+def our_names(state_dict):
+    """A released state_dict, with "module." before its keys or not -> {our key: tensor}."""
+    state = {}
+    for key, value in state_dict.items():
+        for pattern, name in RELEASED_NAMES:
+            key = re.sub("^" + pattern, name, key)
+        state[key] = torch.as_tensor(value)
+    return state
+
+
+def released_config(state_dict):
+    """The ILAConfig of a released ILA state_dict, read off its tensors."""
+    state = our_names(state_dict)
+    frames = state["frame_positions"].shape[1]
+    if "head.2.weight" not in state:
+        return ILAConfig(frames, form="released")
+    return ILAConfig(frames, form="released-ssv2", num_classes=len(state["head.2.weight"]))
+
+
+def released_clip(state_dict):
+    """The CLIP in a released ILA state_dict, which load_clip takes. SSv2's has no text tower."""
+    return {key.removeprefix("clip."): value for key, value in our_names(state_dict).items()
+            if key.startswith("clip.")}
+
+
 def load_released(model, state_dict):
-    """Loads a released ILA state_dict ("module." or not) into an ILA of a released form, strictly.
+    """Loads a released ILA state_dict into an ILA of a released form, strictly.
 
     Form "released-ssv2" may lack the text tower, as its files do. Raises ValueError with the keys.
     """
     state = {}
     for key, value in model.state_dict().items():  # what released files do not hold
-        text = key.startswith("clip.") and is_text(key.removeprefix("clip."))
-        if key == "delta" or model.head is not None and (text or key == "clip.logit_scale"):
+        text = key.startswith("clip.") and not key.startswith("clip.visual.")
+        if key == "delta" or text and model.head is not None:
             state[key] = value
-    for key, value in state_dict.items():
-        for pattern, name in RELEASED_NAMES:
-            key = re.sub("^" + pattern, name, key)
-        state[key] = torch.as_tensor(value)
+    state |= our_names(state_dict)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -681,7 +734,9 @@ class HungarianAlignment(nn.Module):
         """x (B,T,N,D) -> (B,T,N,1): the row of frame t to which each row of frame 0 has moved."""
         B, T, N, _ = x.shape
         unit = F.normalize(x[:, :, 1:], dim=-1)
-        cost = -(unit[:, :-1] @ unit[:, 1:].mT).double().cpu().numpy()  # (B,T-1,P,P)
+        with full_precision(x.device.type):
+            cosines = unit[:, :-1] @ unit[:, 1:].mT  # (B,T-1,P,P)
+        cost = -cosines.double().cpu().numpy()
         tracks = np.tile(np.arange(N), (B, T, 1))  # the class row stays where it is
         for b in range(B):
             for t in range(T - 1):

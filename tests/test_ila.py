@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import tiny_clip
 
+from clip_vit import load_clip
 from ila import (ILA, RIVALS, ILAConfig, WindowAttention, assignment, earth_movers_distance, frame_pairs,
                  interactive_mask)
 
@@ -247,6 +248,20 @@ def test_average_pooling_cannot_see_order_and_ila_can():
             assert torch.allclose(there, back, atol=1e-10) == blind, rival
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [dict(num_classes=3), *(dict(num_classes=3, rival=name) for name in RIVALS)], ids=str)
+def test_a_tower_without_text(changes):
+    """An image classifier's tower takes the place of CLIP's, if there is a linear head."""
+    tower = load_clip({key: value for key, value in tiny_clip().state_dict().items()
+                       if key.startswith("visual.") and "ln_pre" not in key and key != "visual.proj"})
+    model = ILA(tower, ILAConfig(frames=4, **changes)).eval()
+    model.set_classes(NAMES)
+    assert model(clips(dtype=torch.float32))[0].shape == (2, 3)
+    assert model.encode_video(clips(dtype=torch.float32)).shape == (2, 128)
+    with pytest.raises(ValueError, match="text"):
+        ILA(tower, ILAConfig(frames=4, rival=changes.get("rival", "ila")))
+
+
 ABLATIONS = [dict(align="first"), dict(align="middle"), dict(blocks="1-1"), dict(blocks="2-3"), dict(blocks="4-4"),
              dict(operator="window"), dict(use="add"), dict(use="concat"), *(dict(rival=name) for name in RIVALS),
              dict(video_prompt=False), dict(multi_frame=False), dict(num_classes=3),
@@ -424,6 +439,54 @@ def test_other_sizes_dtypes_and_fewest_frames():
     with torch.no_grad():
         close = toy(dtype=torch.float32).double()(clips())[0] - toy(dtype=torch.float32)(clips(dtype=torch.float32))[0]
         assert close.abs().max() < 1e-3
+
+
+def test_embedding_of_names_and_videos():
+    """What encode_video and encode_names give is what forward compares."""
+    video = clips()
+    with torch.no_grad():
+        for changes, shape in ((dict(), (2, 3, 128)), (dict(video_prompt=False), (2, 3, 128))):
+            model = toy(**changes)
+            embedded, text = model.encode_video(video), model.encode_names(NAMES, video)
+            assert text.shape == shape
+            cosines = torch.einsum("be,bce->bc", F.normalize(embedded, dim=-1), F.normalize(text, dim=-1))
+            assert torch.allclose(model.clip.logit_scale.exp() * cosines, model(video)[0], atol=1e-10)
+            assert torch.equal(model.encode_names(NAMES), model.class_text())
+        several = ["a video of {}.", "{}"]
+        apart = [F.normalize(model.encode_names(NAMES, templates=[one]), dim=-1) for one in several]
+        assert torch.allclose(model.encode_names(NAMES, templates=several), sum(apart) / 2, atol=1e-12)
+        model.set_classes(NAMES, several)
+        assert torch.allclose(model.class_text(), sum(apart) / 2, atol=1e-12)
+    with pytest.raises(ValueError, match="linear head"):
+        toy(num_classes=3).encode_names(NAMES)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(form="released"), dict(rival="hungarian"), dict(num_classes=3)], ids=str)
+def test_points_masks_and_loss_stay_whole_under_autocast(changes):
+    """bf16 has three digits: points, masks, matching and 1 - cos are computed in float32 all the same."""
+    model, video = toy(dtype=torch.float32, **changes), clips(dtype=torch.float32)
+    with torch.no_grad():
+        want, (logits, _) = model.encode(video), model(video)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got, (rough, _) = model.encode(video), model(video)
+    assert got.x.dtype == got.loss.dtype == torch.float32 and all(p.dtype == torch.float32 for p in got.points)
+    assert abs(got.loss - want.loss) < 0.01 * want.loss.clamp(min=1)
+    assert all((p - q).abs().max() < 0.15 for p, q in zip(got.points, want.points))
+    assert (rough - logits).abs().max() < 0.1
+    if changes == {}:  # the other points lie at the end of their reach
+        assert not torch.equal(got.points[0], got.points[0].bfloat16().float())  # not rounded at the end
+
+
+def test_masked_means_in_autocast_are_float32_ones():
+    """The aligned block's own part, given the same points, does not depend on autocast at all."""
+    model, x = toy(dtype=torch.float32), torch.randn(1, 4, 17, 128)
+    aligner, block = model.aligners[0], model.clip.visual.transformer.resblocks[0]
+    points = torch.rand(1, 3, 2, 2) - 0.5
+    aligner.point_net.forward = lambda first, second: points
+    with torch.no_grad():
+        want = aligner(x, block, None).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(aligner(x, block, None).loss, want)
 
 
 def test_points_for_pictures():

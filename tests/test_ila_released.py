@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MERGES, SHARED, shared_weights
-from test_ila import clips, toy
+from figures import weights
+from helpers import MERGES, SHARED, shared_weights, tiny_clip
+from test_ila import clips, lively, toy
 
-from clip_vit import load_clip
-from ila import ILA, ILAConfig, alignment_loss, interactive_mask, load_released
+from clip_vit import VisionOnly, load_clip
+from ila import (ILA, ILAConfig, alignment_loss, interactive_mask, load_released, released_clip,
+                 released_config)
 
 # Blocks of each tower in the comparisons. The whole models, with logits and gradients, take a minute of float64:
 # WHOLE_MODELS=1 python -m pytest tests/test_ila_released.py
@@ -65,6 +67,60 @@ def test_load_released_is_strict():
     ssv2 = toy(form="released-ssv2", num_classes=3)
     load_released(ssv2, {released_name(name): tensor for name, tensor in ssv2.state_dict().items() if name != "delta"
                          and (not name.startswith("clip.") or name.startswith("clip.visual."))})  # no text tower
+
+
+FIGURES = Path(__file__).with_name("figures")
+
+
+def fixture(name):
+    """A released checkpoint's description in tests/figures, its state_dict with "module.", and its figures."""
+    described = json.loads((FIGURES / f"{name}.json").read_text())
+    layout = described["layouts"]["ila"]
+    state = {f"module.{key}": weights.tensor(key, tuple(shape)) for key, shape in layout.items()}
+    return described, state, np.load(FIGURES / f"{name}.npz")
+
+
+def test_kinetics_file_needs_no_other_file():
+    """CLIP, its text tower included, and all settings are read off the file's own tensors."""
+    described, state, want = fixture("ila_tiny")
+    config = released_config(state)
+    assert config == ILAConfig(frames=4, form="released")
+    model = ILA(load_clip(released_clip(state)), config).eval()
+    load_released(model, state)
+    names = described["config"]["classes"]
+    model.set_classes(names)
+    video = torch.from_numpy(weights.video(2, 4, 64, "dev"))
+    with torch.no_grad():
+        logits, loss = model(video)
+        assert (model.tokens[0].numpy() == want["tokens"]).all()
+        assert np.abs(logits.numpy() - want["logits"]).max() < 1e-9
+        assert abs(float(loss) - want["cosine_losses"].sum()) < 1e-9
+        assert np.abs(model.encode_video(video).numpy() - want["video_features"]).max() < 1e-9
+        assert np.abs(model.encode_names(names).numpy() - want["text_features"]).max() < 1e-9
+
+
+def test_ssv2_file_holds_the_vision_tower_and_a_wide_head():
+    source = lively(ILA(tiny_clip(torch.float64), ILAConfig(frames=4, form="released-ssv2", num_classes=7))).eval()
+    state = {released_name(name): tensor for name, tensor in source.state_dict().items()
+             if name != "delta" and (not name.startswith("clip.") or name.startswith("clip.visual."))}
+    config = released_config(state)
+    assert config == ILAConfig(frames=4, form="released-ssv2", num_classes=7)
+    clip = load_clip(released_clip(state))
+    assert isinstance(clip, VisionOnly)
+    model = ILA(clip, config).eval()
+    load_released(model, state)
+    wide = source(clips())[0]
+    assert torch.equal(model(clips())[0], wide) and wide.shape == (2, 7)
+    with pytest.warns(UserWarning, match="7 outputs; only the first 3"):
+        model.set_classes(["a", "b", "c"])
+    model.set_classes(["a", "b", "c"])  # the same again: no word
+    assert torch.equal(model(clips())[0], wide[:, :3])
+    for names in (["a", "b"], ["a", "b", "d"], list("abcdefgh")):
+        with pytest.raises(ValueError, match="class names for a linear head"):
+            model.set_classes(names)
+    trained = toy(num_classes=3)  # not released: a head is never cut
+    with pytest.raises(ValueError, match="class names for a linear head"):
+        trained.set_classes(["a", "b"])
 
 
 def test_small_figures():
