@@ -489,6 +489,18 @@ def test_masked_means_in_autocast_are_float32_ones():
             assert torch.equal(aligner(x, block, None).loss, want)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [dict(), dict(form="released"), dict(num_classes=3), dict(rival="xclip")], ids=str)
+def test_export_with_any_batch(changes):
+    """torch.export keeps the batch free; what it gives is bit-equal. (Hungarian matching leaves PyTorch: no export.)"""
+    model = toy(dtype=torch.float32, **changes)
+    program = torch.export.export(model, (clips(2, dtype=torch.float32),),
+                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    for batch in (1, 5):
+        video = clips(batch, dtype=torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(program.module()(video), model(video)))
+
+
 def test_points_for_pictures():
     model, video = toy(blocks="2-3"), clips()
     found = model.interactive_points(video)
