@@ -29,6 +29,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -67,60 +68,6 @@ ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")  # of HTML
 LIGATURES = "ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬅﬆ"
 CONTROL = re.compile(r"\x1b\[[\d;]*[a-zA-Z]"
                      r"|[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
-
-
-@lru_cache
-def byte_symbols():
-    """{byte: the printable character that stands for it}, in the order of the first 256 ids."""
-    printable = [*range(ord("!"), ord("~") + 1),
-                 *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    symbols = {byte: chr(byte) for byte in printable}
-    for byte in range(256):
-        if byte not in printable:
-            symbols[byte] = chr(256 + len(symbols) - len(printable))
-    return symbols
-
-
-@lru_cache
-def read_vocabulary(path, size):
-    """A vocabulary of `size` ids: {symbol: id}, {pair: rank}. With BYTES ids, no file is read."""
-    pairs = []
-    if size > BYTES:
-        lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")
-        pairs = [tuple(line.split()) for line in lines[1:1 + size - BYTES]]  # line 0 is a header
-    symbols = list(byte_symbols().values())
-    symbols += [symbol + "</w>" for symbol in symbols]
-    symbols += ["".join(pair) for pair in pairs]
-    symbols += [START, END]
-    if len(symbols) != size or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"{path}: not the BPE merges of a vocabulary of {size}; "
-                         f"get the file from {MERGES_URL}")
-    ids = {symbol: i for i, symbol in enumerate(symbols)}
-    ranks = {pair: rank for rank, pair in enumerate(pairs)}
-    return ids, ranks
-
-
-def join_pair(parts, pair):
-    """The symbols with every occurrence of the adjacent pair joined to one symbol."""
-    joined, i = [], 0
-    while i < len(parts):
-        step = 2 if tuple(parts[i:i + 2]) == pair else 1
-        joined.append("".join(parts[i:i + step]))
-        i += step
-    return joined
-
-
-def byte_pair_encode(word, ranks):
-    """Splits a word into symbols: starts from bytes and joins the pair of lowest rank until none is
-    left."""
-    parts = [byte_symbols()[byte] for byte in word.encode()]
-    parts[-1] += "</w>"
-    while len(parts) > 1:
-        best = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair, math.inf))
-        if best not in ranks:
-            break
-        parts = join_pair(parts, best)
-    return parts
 
 
 @lru_cache
@@ -183,6 +130,73 @@ def split_words(text):
     return re.findall(rf"{re.escape(START)}|{re.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d"
                       rf"|[^\W\d_{numerals}]+|[\d{numerals}]"
                       rf"|(?:[^{SPACE}\w\u0345]|_)+", text, re.IGNORECASE)
+
+
+@lru_cache
+def byte_symbols():
+    """{byte: the printable character that stands for it}, in the order of the first 256 ids."""
+    printable = [*range(ord("!"), ord("~") + 1),
+                 *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    symbols = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in printable:
+            symbols[byte] = chr(256 + len(symbols) - len(printable))
+    return symbols
+
+
+def read_merges(path, count):
+    """The first `count` pairs of symbols in a file of BPE merges. Raises ValueError naming it."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file of BPE merges; get it from {MERGES_URL}")
+    try:
+        with gzip.open(path) as file:
+            lines = file.read(1 << 24).decode().split("\n")  # OpenAI's has 3 MB
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path}: not a file of BPE merges ({error}); "
+                         f"get it from {MERGES_URL}") from error
+    pairs = [tuple(line.split()) for line in lines[1:1 + count]]  # line 0 is a header
+    if len(pairs) != count or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"{path}: these are not the {count} BPE merges that the weights need; "
+                         f"get the file from {MERGES_URL}")
+    return pairs
+
+
+@lru_cache
+def read_vocabulary(path, size):
+    """A vocabulary of `size` ids: {symbol: id}, {pair: rank}. With BYTES ids, no file is read."""
+    if size < BYTES:
+        raise ValueError(f"a vocabulary of {size} ids is none of CLIP's: bytes need {BYTES}")
+    pairs = read_merges(path, size - BYTES) if size > BYTES else []
+    symbols = list(byte_symbols().values())
+    symbols += [symbol + "</w>" for symbol in symbols]
+    symbols += ["".join(pair) for pair in pairs]
+    symbols += [START, END]
+    ids = {symbol: i for i, symbol in enumerate(symbols)}
+    ranks = {pair: rank for rank, pair in enumerate(pairs)}
+    return ids, ranks
+
+
+def join_pair(parts, pair):
+    """The symbols with every occurrence of the adjacent pair joined to one symbol."""
+    joined, i = [], 0
+    while i < len(parts):
+        step = 2 if tuple(parts[i:i + 2]) == pair else 1
+        joined.append("".join(parts[i:i + step]))
+        i += step
+    return joined
+
+
+def byte_pair_encode(word, ranks):
+    """Splits a word into symbols: starts from bytes and joins the pair of lowest rank until none is
+    left."""
+    parts = [byte_symbols()[byte] for byte in word.encode()]
+    parts[-1] += "</w>"
+    while len(parts) > 1:
+        best = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair, math.inf))
+        if best not in ranks:
+            break
+        parts = join_pair(parts, best)
+    return parts
 
 
 def no_string(texts):

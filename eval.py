@@ -67,7 +67,7 @@ class LinearProbe(nn.Module):
     def __init__(self, model, num_classes):
         super().__init__()
         self.model = model.requires_grad_(False)
-        embed = model.clip.visual.proj.shape[1]
+        embed = model.clip.visual.embed
         self.head = nn.Sequential(nn.LayerNorm(embed, elementwise_affine=False), nn.Linear(embed, num_classes))
         self.names = None
 

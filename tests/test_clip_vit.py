@@ -1,5 +1,6 @@
 """CLIP: the towers, the tokenizer, loading without executing anything, downloads, and the released code's figures."""
 
+import gzip
 import hashlib
 import html
 import http.server
@@ -225,6 +226,21 @@ def test_any_text_has_words_and_fixing_it_again_changes_nothing(text):
     fixed = clip_vit.fix_text(text)
     assert "<" in fixed or clip_vit.fix_text(fixed) == fixed
     assert tokenize([text], 400, vocabulary=514).max() == 513
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "no such file of BPE merges"), (b"#version\na b\n", "not a file of BPE merges .*gzip"),
+    (gzip.compress(b"#version\na b\n")[:-9], "not a file of BPE merges"),
+    (gzip.compress(b"#version\na b\n"), "not the 2 BPE merges"),
+    (gzip.compress(b"#version\na b\na b c\n"), "not the 2 BPE merges")])
+def test_a_vocabulary_that_is_none_is_named(tmp_path, content, words):
+    path = tmp_path / "merges.txt.gz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"merges.txt.gz: .*{words}.*https://"):
+        tokenize(["a"], 9, path, 516)
+    with pytest.raises(ValueError, match="513 ids"):
+        tokenize(["a"], 9, path, 513)
 
 
 def test_too_long_a_text_is_refused():
