@@ -896,6 +896,7 @@ def start_processes(kind=None):
         raise ValueError(f"{here} processes on a node with {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True  # for what autocast leaves in fp32
     if "RANK" in os.environ and not dist.is_initialized():
         timeout = timedelta(hours=1)  # lets one prepare what the others wait for; until then who is cut off goes unnoticed
         store, rank, world = next(rendezvous("env://", timeout=timeout))

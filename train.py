@@ -55,7 +55,7 @@ CHOICES = {
     "pixels": tuple(data.MEANS),
     "crops": (1, 3),
     "schedule": ("released", "continuous"),
-    "precision": ("fp32", "bf16", "fp16"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
 }
 COUNTS = ("shots", "frames", "clips", "epochs", "batch", "micro_batch", "eval_every", "save_every")
 SHARES = ("flip", "jitter", "grey", "shift", "smoothing", "switch")
@@ -121,14 +121,15 @@ class Recipe:
     lr_min: float = knob(8e-8, "rate at the end")
     new_lr: float = knob(10.0, "times lr, for the modules that CLIP lacks")
     position_lr: float = knob(1.0, "times lr, for temporal position embeddings")
-    schedule: str = knob("released", "or continuous, see learning_rate")
+    schedule: str = knob("released", "or continuous, without its jump at the end of warm-up")
+    drop_last: bool = knob(True, "leave out an epoch's last incomplete step [released]")
     batch: int = knob(256, "videos per step, over all processes")
     micro_batch: int = knob(
         8, "videos per forward pass, even; costs memory; only batch norm sees it")
     weight_decay: float = knob(0.001, "of AdamW")
     position_decay: float = knob(0.001, "the same, for temporal position embeddings")
     clip_grad: float = knob(0.0, "largest gradient norm; 0: no limit")
-    precision: str = knob("fp32", "fp32, bf16, fp16")
+    precision: str = knob("auto", "fp32, bf16, fp16; auto: bf16 or fp16 on a GPU, fp32 on a CPU")
     # the run
     eval_every: int = knob(1, "epochs")
     save_every: int = knob(500, "steps between checkpoints, beside those at epochs' ends")
@@ -210,6 +211,7 @@ TRANSFER = ("hmdb51", "ucf101", "k600")  # zero-shot tests of a model trained on
 
 # ---- optimisation --------------------------------------------------------------------------------
 
+RELEASED_PASS = 16  # videos
 TEMPORAL_POSITIONS = ("positions", "frame_positions", "position")  # last parts of parameter names
 
 
@@ -250,15 +252,39 @@ def parameter_groups(model, recipe):
             for key in sorted(groups)]
 
 
-def set_rates(optimizer, recipe, step, per_epoch):
-    """Sets the learning rates of optimiser step `step`, counted from 0; returns the base rate.
+def steps_per_epoch(recipe, count):
+    """Optimiser steps in an epoch of `count` videos.
 
-    "continuous" takes the middle of the step, t = step + 1/2. [released] "released" sets a rate
-    after each step for the next one, t = step - 1, so that the first two steps have rate 0.
+    [ours] A single incomplete step is kept even with drop_last: own folders are small.
     """
-    t = step + 0.5
-    if recipe.schedule == "released":
-        t = max(step - 1, 0)
+    if recipe.drop_last:
+        return max(1, count // recipe.batch)
+    return math.ceil(count / recipe.batch)
+
+
+def time_of_step(recipe, step, count):
+    """(t, length of an epoch) of optimiser step `step`, counted from 0; `count` videos an epoch.
+
+    "continuous": the middle of the step, t = step + 1/2, in steps.
+    [released] "released": t is in passes of 16 videos (4 on each of 4 GPUs), of which a step
+    accumulates A = batch / 16. An epoch counts those that drop_last leaves out too. The rate is set
+    in a step's last pass for the next step: in whole epochs step s runs at t = A s - 1, and only
+    the first one has rate 0.
+    """
+    per_epoch = steps_per_epoch(recipe, count)
+    if recipe.schedule == "continuous":
+        return step + 0.5, per_epoch
+    A = max(1, recipe.batch / RELEASED_PASS)
+    passes = max(count // RELEASED_PASS, A * per_epoch)  # in an epoch
+    if step == 0:
+        return 0, passes
+    epoch, before = divmod(step - 1, per_epoch)
+    return epoch * passes + A * (before + 1) - 1, passes
+
+
+def set_rates(optimizer, recipe, step, count):
+    """Sets the learning rates of optimiser step `step`, see time_of_step; returns the base rate."""
+    t, per_epoch = time_of_step(recipe, step, count)
     total = recipe.epochs * per_epoch
     warmup = recipe.warmup_epochs * per_epoch
 
@@ -281,7 +307,8 @@ def epoch_batches(recipe, count, epoch, rank=0, world=1):
     """
     order = np.random.default_rng([recipe.seed, epoch]).permutation(count).tolist()
     steps = []
-    for start in range(0, count, recipe.batch):
+    for step in range(steps_per_epoch(recipe, count)):
+        start = step * recipe.batch
         videos = [(epoch, i, 1.0) for i in order[start:start + recipe.batch]]
         filler = (*videos[0][:2], 0.0)
         share = 2 * math.ceil(len(videos) / (2 * world))
@@ -418,7 +445,7 @@ class Run:
     @property
     def per_epoch(self):
         """Optimiser steps in an epoch."""
-        return math.ceil(len(self.training) / self.recipe.batch)
+        return steps_per_epoch(self.recipe, len(self.training))
 
 
 def build_start(recipe, classes, device):
@@ -610,7 +637,7 @@ def train_epoch(run, bar):
     sums, errors, began = 0, [], time.monotonic()
     with sigterm_noted() as noted:
         for i, parts in enumerate(steps, done):
-            set_rates(run.optimizer, recipe, progress["step"], run.per_epoch)
+            set_rates(run.optimizer, recipe, progress["step"], len(run.training))
             videos = min(recipe.batch, len(run.training) - i * recipe.batch)
             step_sums, step_errors = train_step(run, loader, parts, videos)
             sums = sums + step_sums
@@ -655,7 +682,7 @@ def finish_epoch(run):
     line = {
         "epoch": epoch,
         "step": progress["step"],
-        "lr": set_rates(run.optimizer, recipe, progress["step"] - 1, run.per_epoch),
+        "lr": set_rates(run.optimizer, recipe, progress["step"] - 1, len(run.training)),
         "loss": loss / videos,
         "aux_loss": aux / videos,
         "seconds": round(progress["seconds"], 2),
@@ -803,6 +830,8 @@ def test_best(run, tests, root):
 def run_recipe(recipe, root, folder, device):
     """Trains by a recipe, tests on every test set, writes results.json and returns its content."""
     rank, _ = data.rank_and_world()
+    precision = evaluation.resolve_precision(device, recipe.precision)
+    recipe = dataclasses.replace(recipe, precision=precision)
     train_videos, tests = data.load_protocol(
         recipe.protocol, recipe.dataset, root, recipe.shots, recipe.seed, recipe.train_list,
         recipe.test_list, recipe.labels, recipe.upstream_labels)
@@ -830,7 +859,7 @@ MINIATURE = dict(  # teaches a tiny CLIP the order of frames in a minute
     frames=8, short_side=32, clips=1, shots=8, flip=0.0, scales=(1.0,), jitter=1.0, grey=0.0,
     shift=0.125, strengths=(0.15, 0.15, 0.0, 0.0), smoothing=0.0, mixup=0.0, cutmix=0.0, epochs=20,
     warmup_epochs=1.0, lr=5e-4, lr_min=0.0, new_lr=6.0, position_lr=40.0, schedule="continuous",
-    batch=16, micro_batch=16, weight_decay=0.05, position_decay=0.0, clip_grad=1.0, eval_every=5,
+    drop_last=False, batch=16, micro_batch=16, weight_decay=0.05, position_decay=0.0, clip_grad=1.0, eval_every=5,
     save_every=100, keep_best=False, workers=0, keep_decoded=True)
 MINIATURE_METHODS = {  # what a method changes there; one without a row changes nothing
     "vifi": dict(model=dict(prompt=PREFIX)),

@@ -83,7 +83,7 @@ def things(world, tmp_path_factory):
     described = train.describe_data(*data.load_protocol("fewshot", "shapes", world, 2, train.Recipe.seed))
     for name, file, words in (("torn", "last.pt", b"half"), ("untied", "recipe.json", b"["), ("told", "results.json", b"{")):
         shutil.copytree(folder / "folder", folder / name)
-        recipe = train.resolve_recipe("fewshot", "tc", "shapes", ["shots=2"], clip=str(world / "clip.pt"))
+        recipe = train.resolve_recipe("fewshot", "tc", "shapes", ["shots=2", "precision=fp32"], clip=str(world / "clip.pt"))
         train.save_json(folder / name / "recipe.json", dataclasses.asdict(recipe) | {"data": described})
         (folder / name / file).write_bytes(words)
     (folder / "sweep" / "tc-shots=2").mkdir(parents=True)
