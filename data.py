@@ -7,15 +7,17 @@ Letters: B videos, T frames, V views, R side in pixels, C classes. Frames are ui
 first, unless said otherwise.
 """
 import csv
+import ctypes
 import fnmatch
+import hashlib
 import json
 import multiprocessing
+import multiprocessing.queues
 import os
 import re
 import shutil
 import signal
 import sys
-import threading
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +33,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from torch.distributed.rendezvous import rendezvous
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 # ---- which frames --------------------------------------------------------------------------------
@@ -878,58 +880,66 @@ def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list
 # ---- processes -----------------------------------------------------------------------------------
 
 def rank_and_world():
-    """(number of this process, number of processes)."""
+    """(rank of this process, number of processes); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def start_processes(kind=None):
-    """Joins the other processes of a torchrun, if there are any; the device of this one.
+    """Joins the other processes of a torchrun, if there are any, and returns this process's device.
 
-    kind: "cuda" or "cpu"; None: a GPU where there is one. Raises ValueError where there are too few GPUs.
+    kind: "cuda" or "cpu"; None takes a GPU if there is one. Raises ValueError if there are too few
+    GPUs.
     """
     cuda = torch.cuda.is_available() and kind != "cpu"
-    local, here = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     if kind == "cuda" and not cuda:
         raise ValueError("--device cuda: PyTorch finds no GPU here")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda and here > torch.cuda.device_count():
-        raise ValueError(f"{here} processes on a node with {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if cuda and local_world > torch.cuda.device_count():
+        raise ValueError(f"{local_world} processes on a node with {torch.cuda.device_count()} GPUs: "
+                         "lower --nproc_per_node")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True  # for what autocast leaves in fp32
     if "RANK" in os.environ and not dist.is_initialized():
-        timeout = timedelta(hours=1)  # lets one prepare what the others wait for; until then who is cut off goes unnoticed
+        # long enough for rank 0 to prepare the data; also how long a lost peer goes unnoticed
+        timeout = timedelta(hours=1)
         store, rank, world = next(rendezvous("env://", timeout=timeout))
-        dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(store, rank, world), rank=rank,
-                                world_size=world, timeout=timeout)
+        dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(store, rank, world),
+                                rank=rank, world_size=world, timeout=timeout)
     return device
 
 
 def fresh_store(store, rank, world):
-    """A part of torchrun's store that no process of an earlier attempt has written to.
+    """The part of torchrun's store that belongs to this attempt of the job.
 
-    torchrun keeps one store over all restarts: who finds a killed process's address there waits for it in vain. So all
-    post a new name each; those that read the same names, their own among them, are of the same attempt.
+    torchrun keeps one store over all restarts. A process that finds the address of a killed one
+    there waits for it in vain. So every process posts a new name, reads everybody's, and waits
+    for the others under a key made of all names. Only processes that read the same names meet;
+    a process that read an old name meets nobody and reads again.
     """
     store.set(f"name {rank}", uuid.uuid4().hex)
     while True:
-        names = uuid.uuid5(uuid.NAMESPACE_OID, str([store.get(f"name {i}") for i in range(world)])).hex
-        store.set(f"{names} {rank}", "")
+        names = [store.get(f"name {i}").decode() for i in range(world)]
+        attempt = hashlib.sha256(" ".join(names).encode()).hexdigest()
+        store.set(f"{attempt} {rank}", "")
         try:
-            store.wait([f"{names} {i}" for i in range(world)], timedelta(seconds=1))
-            return dist.PrefixStore(names, store)
-        except dist.DistStoreError:  # a name was an earlier attempt's: read again
+            store.wait([f"{attempt} {i}" for i in range(world)], timedelta(seconds=1))
+            return dist.PrefixStore(attempt, store)
+        except dist.DistStoreError:  # some name was from an earlier attempt: read again
             continue
 
 
-def progress_bar(*things, **settings):
-    """tqdm's bar, on the first process alone."""
-    return tqdm(*things, **settings, **({"disable": True} if rank_and_world()[0] else {}))  # else TQDM_DISABLE is heeded
+def progress_bar(*args, **settings):
+    """tqdm's progress bar, on rank 0 only; TQDM_DISABLE=1 in the environment turns it off there."""
+    hidden = True if rank_and_world()[0] else None  # None: tqdm asks the environment
+    return tqdm(*args, disable=hidden, **settings)
 
 
 def gather(items):
-    """Every process's list, joined, on every process."""
-    rank, world = rank_and_world()
+    """The lists of all processes joined in the order of ranks, on every process."""
+    _, world = rank_and_world()
     if world == 1:
         return items
     lists = [None] * world
@@ -938,7 +948,7 @@ def gather(items):
 
 
 def any_process(flag, device):
-    """Whether the flag is set on any process: one number through the network, nothing beside an optimiser step."""
+    """Whether the flag is set on any process. It costs one number, nothing beside a training step."""
     if rank_and_world()[1] == 1:
         return flag
     count = torch.tensor(float(flag), device=device)
@@ -947,15 +957,15 @@ def any_process(flag, device):
 
 
 def node_leader_first(call):
-    """call() on every process, but on each node's first one before the others: it downloads for all."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    result = call() if first else None
+    """call() on every process, on each node's first one before the others: it downloads for all."""
+    leader = os.environ.get("LOCAL_RANK", "0") == "0"
+    result = call() if leader else None
     gather([])  # the others wait here
-    return result if first else call()
+    return result if leader else call()
 
 
 def on_rank_zero(call):
-    """call() on the first process alone, while the others wait; where it fails, all fail with its words."""
+    """call() on rank 0 while the others wait. If it fails there, every process raises its error."""
     error = None
     if rank_and_world()[0] == 0:
         try:
@@ -967,52 +977,89 @@ def on_rank_zero(call):
             raise caught
 
 
-# ---- loaders ---------------------------------------------------------------------------------------------------------
+def check_same_on_all(description):
+    """Compares what the processes say of their data, a short line. Raises ValueError if one differs.
 
-MEANS = {"imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),  # [released] TC-CLIP, ILA and ViFi-CLIP
-         "clip": ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)),  # OpenAI's own
-         "half": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))}  # ImageNet-21k ViTs: pixels from -1 to 1
+    Nodes may have copies of the data of their own. If one copy is incomplete, the processes would
+    disagree on the number of steps and wait for one another.
+    """
+    first, *others = gather([description])
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            raise ValueError(f"rank {rank} sees other data than rank 0: {other}, not {first}")
+
+
+# ---- loaders -------------------------------------------------------------------------------------
+
+# [released] TC-CLIP, ILA and ViFi-CLIP normalise with ImageNet's constants
+MEANS = {"imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+         "clip": ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)),
+         "half": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))}  # Google's and timm's ViT
 
 
 def normalise(video, pixels="imagenet"):
-    """uint8 (...,3,R,R) -> float32 with zero mean and unit deviation over the data set `pixels` names."""
-    mean, std = (torch.tensor(values, device=video.device).view(3, 1, 1) for values in MEANS[pixels])
-    return (video.float() - mean) / std
+    """uint8 (...,3,R,R) -> float32 (x - mean) / deviation, per channel, see MEANS."""
+    mean, deviation = MEANS[pixels]
+    mean = torch.tensor(mean, device=video.device).view(3, 1, 1)
+    deviation = torch.tensor(deviation, device=video.device).view(3, 1, 1)
+    return (video.float() - mean) / deviation
 
 
-def heed_parent_alone(_):
-    """In a loader's worker: of all SIGTERMs only its own process's ends it, not a scheduler's to everybody. It ends
-    with that process too (torch's own watch misses one that was killed just after the fork)."""
-    def wait():
-        parent, told = multiprocessing.parent_process(), None
-        while parent.is_alive() and (told is None or told.si_pid != parent.pid):
-            told = signal.sigtimedwait({signal.SIGTERM}, 5)  # seconds
-        os._exit(0)
-    def tell(kind, error, trace):  # but not that the process which waited for a batch has gone
-        if not issubclass(kind, (ConnectionError, EOFError)):
-            sys.__excepthook__(kind, error, trace)
-    sys.excepthook = tell
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=wait, daemon=True).start()
+def prepare_worker(_):
+    """Runs at the start of a loader's worker, which lives exactly as long as its parent wants.
+
+    It ignores SIGTERM, which a scheduler sends to every process of a job: its parent still needs
+    batches to finish the step. It dies with its parent, however that ends.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, see man 2 prctl
+        if os.getppid() != multiprocessing.parent_process().pid:  # it died before the call above
+            os._exit(1)
+    # A batch that cannot be sent is lost, and the parent would wait for it for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
 
 
-def load_batches(videos, workers, collate, **batches):
-    """The DataLoader that both loaders below are."""
-    return DataLoader(videos, collate_fn=collate, num_workers=min(workers, os.cpu_count()), pin_memory=torch.cuda.is_available(),
-                      worker_init_fn=heed_parent_alone if hasattr(signal, "sigtimedwait") else None, **batches)
+def end_worker(error, _):
+    """Called in a worker's sending thread after an error; the parent notices a worker that ends."""
+    print(f"a loader's worker cannot send a batch ({error}) and ends", file=sys.stderr)
+    os._exit(1)
+
+
+def load_batches(dataset, workers, **settings):
+    """The DataLoader behind both loaders below; `settings` are its arguments."""
+    return DataLoader(dataset, num_workers=min(workers, os.cpu_count()),
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=prepare_worker,
+                      collate_fn=dataset.collate, **settings)
+
+
+def to_share(clips):
+    """Clips (b,...) uint8 as a loader's worker sends them: in shared memory, or if it is full by value.
+
+    A container's /dev/shm is often 64 MB. PyTorch moves tensors there after the data set's own code
+    has run, where a failure loses the batch; so it is done here. By value costs one more copy.
+    """
+    if get_worker_info() is None:  # no worker, nothing to send
+        return clips
+    try:
+        return clips.share_memory_()
+    except RuntimeError:  # PyTorch's word for no space left
+        return clips.numpy()
 
 
 class TestVideos(Dataset):
-    """Item i: its views, uint8 (V,T,3,R,R) or None, and what is wrong with the video, or None."""
+    """The videos of a test. Item i: (i, views uint8 (V,T,3,R,R) or None, what is wrong or None)."""
 
     def __init__(self, video_list, views, keep=False):
-        self.video_list, self.views, self.kept = video_list, views, {} if keep else None
+        self.video_list = video_list
+        self.views = views
+        self.kept = {} if keep else None  # decoded items, for worlds that fit into memory
 
     def __len__(self):
         return len(self.video_list.paths)
 
     def __getitem__(self, i):
-        if self.kept and i in self.kept:
+        if self.kept is not None and i in self.kept:
             return self.kept[i]
         try:
             item = i, read_test(self.video_list.paths[i], self.views), None
@@ -1022,62 +1069,82 @@ class TestVideos(Dataset):
             self.kept[i] = item
         return item
 
-    def loader(self, indices, batch, workers):
-        """Batches of (indices, views (b,V,T,3,R,R), [(index, error)])."""
-        return load_batches(Subset(self, indices), workers, self.collate, batch_size=batch)
+    def loader(self, batch, workers):
+        """Batches of (indices, views (b,V,T,3,R,R) uint8, [(index, error)]) of this process's share.
+
+        The processes take turns: process r of w reads the videos r, r + w, r + 2w, ..., so that every
+        video is read exactly once.
+        """
+        rank, world = rank_and_world()
+        share = range(rank, len(self), world)
+        return load_batches(self, workers, batch_sampler=BatchSampler(share, batch, drop_last=False))
 
     @staticmethod
     def collate(items):
-        good = [(i, clip) for i, clip, _ in items if clip is not None]
-        clips = torch.stack([clip for _, clip in good]) if good else torch.empty(0)
-        return [i for i, _ in good], clips, [(i, error) for i, clip, error in items if clip is None]
+        """Items -> (indices of the readable, their views (b,V,T,3,R,R), [(index, error)])."""
+        readable = [i for i, clip, _ in items if clip is not None]
+        clips = [clip for _, clip, _ in items if clip is not None]
+        errors = [(i, error) for i, clip, error in items if clip is None]
+        return readable, to_share(torch.stack(clips)) if clips else None, errors
 
 
 class TrainVideos(Dataset):
-    """Item (epoch, i, weight): an augmented clip of video i, all randomness drawn from (seed, epoch, i).
+    """The videos of a training. Item (epoch, i, weight): an augmented clip of video i.
 
-    A video that cannot be read is replaced by another of the epoch, and reported; after ten in a row, by None.
-    `augmentation` are the arguments of `augment`.
+    All randomness is drawn from (seed, epoch, i). A video that cannot be read is replaced by another
+    one and reported; after ten in a row by None. `augmentation` holds the arguments of `augment`.
     """
 
     def __init__(self, video_list, views, seed, augmentation, keep=False):
-        self.video_list, self.views, self.seed, self.augmentation = video_list, views, seed, augmentation
-        self.kept = {} if keep else None  # decoded clips, for worlds whose every clip is read whole
+        self.video_list = video_list
+        self.views = views
+        self.seed = seed
+        self.augmentation = augmentation
+        self.kept = {} if keep else None  # decoded clips, for worlds whose clips are read whole
 
     def __len__(self):
         return len(self.video_list.paths)
 
     def __getitem__(self, key):
         epoch, i, weight = key
-        rng, bad = np.random.default_rng([self.seed, epoch, i]), []
-        while True:
+        rng = np.random.default_rng([self.seed, epoch, i])
+        errors = []
+        while len(errors) < 10:
             try:
                 clip = augment(self.read(i, rng), self.views.size, rng, **self.augmentation)
-                return clip, self.video_list.labels[i], weight, bad
+                return clip, self.video_list.labels[i], weight, errors
             except VideoError as error:
-                bad.append(str(error))
-                if len(bad) == 10:  # there may be no other: whoever asked decides
-                    return None, 0, weight, bad
+                errors.append(str(error))
                 i = int(rng.integers(len(self)))
+        return None, 0, weight, errors  # give up; the caller decides
 
     def read(self, i, rng):
-        """A random draw of the video's frames (T,3,h,w); where clips are kept, they are kept whole."""
-        sample = partial(SAMPLERS[self.views.sampling], frames=self.views.frames, train=True, rng=rng)
+        """Randomly drawn frames of video i, (T,3,h,w) uint8; if clips are kept, they are kept whole."""
+        sampler = SAMPLERS[self.views.sampling]
+        sample = partial(sampler, frames=self.views.frames, train=True, rng=rng)
         if self.kept is None:
             return read_frames(self.video_list.paths[i], sample, self.views.short_side)
         if i not in self.kept:
-            self.kept[i] = read_frames(self.video_list.paths[i], np.arange, self.views.short_side)
-        return self.kept[i][torch.from_numpy(sample(len(self.kept[i])))]
+            path = self.video_list.paths[i]
+            self.kept[i] = read_frames(path, np.arange, self.views.short_side)
+        clip = self.kept[i]
+        return clip[torch.from_numpy(sample(len(clip)))]
 
     def loader(self, batches, workers):
-        """Batches of (clips (b,T,3,R,R) uint8, labels (b,), weights (b,), errors) for lists of (epoch, i, weight)."""
-        return load_batches(self, workers, self.collate, batch_sampler=batches)
+        """Batches of (clips (b,T,3,R,R) uint8 or None, labels (b,), weights (b,), errors).
+
+        `batches` yields lists of (epoch, i, weight), of as many epochs as wanted: the workers then
+        go on from one epoch to the next without a new start.
+        """
+        return load_batches(self, workers, batch_sampler=batches)
 
     @staticmethod
     def collate(items):
-        clips, labels, weights, bad = zip(*items)
-        clips = None if None in clips else torch.stack(clips)
-        return clips, torch.tensor(labels), torch.tensor(weights), [error for b in bad for error in b]
+        """Items -> a batch; its clips are None if one of them is. Small arrays are sent by value."""
+        clips, labels, weights, errors = zip(*items)
+        unreadable = any(clip is None for clip in clips)
+        clips = None if unreadable else to_share(torch.stack(clips))
+        return clips, np.array(labels), np.array(weights), list(chain.from_iterable(errors))
 
 
 # ---- the miniature world ---------------------------------------------------------------------------------------------

@@ -234,7 +234,8 @@ def view_logits(model, views, pixels, precision):
     Raises ValueError if a logit is not finite.
     """
     device = model.clip.logit_scale.device
-    video = data.normalise(views.flatten(0, 1).to(device, non_blocking=True), pixels)
+    video = torch.as_tensor(views).flatten(0, 1).to(device, non_blocking=True)
+    video = data.normalise(video, pixels)
     with autocast(device, precision):
         logits, _ = model(video)  # (b*V,C)
     if not logits.isfinite().all():
@@ -257,10 +258,9 @@ def predict(model, videos, batch=8, workers=0, precision="fp32", title="evaluati
     rows of unreadable videos, and [(index, error)], both the same on all processes. Raises
     ValueError if more than 5 % cannot be read.
     """
-    rank, world = data.rank_and_world()
     model.eval().set_classes(videos.video_list.classes)
     predicted, errors = [], []
-    loader = videos.loader(range(rank, len(videos), world), batch, workers)
+    loader = videos.loader(batch, workers)
     for indices, views, unreadable in data.progress_bar(loader, desc=title, leave=False):
         errors += unreadable
         if indices:
@@ -1133,7 +1133,7 @@ def run_check(args):
     if not paths:
         raise ValueError(f"{args.check}: no videos below this folder")
     video_list = data.VideoList(("",), tuple(paths), (0,) * len(paths))
-    loader = data.TestVideos(video_list, data.Views()).loader(range(len(paths)), 1, args.workers)
+    loader = data.TestVideos(video_list, data.Views()).loader(1, args.workers)
     errors = []
     for _, _, unreadable in tqdm(loader, desc="reading", unit="video"):
         errors += [error for _, error in unreadable]

@@ -571,10 +571,12 @@ def forward_sums(run, clips, labels, weights, own):
     """
     recipe = run.recipe
     device = run.model.clip.logit_scale.device
-    weights = weights.to(device, torch.float32)
-    video = data.normalise(clips.to(device, non_blocking=True), recipe.pixels)
+    weights = torch.as_tensor(weights, dtype=torch.float32, device=device)
+    clips = torch.as_tensor(clips).to(device, non_blocking=True)
+    video = data.normalise(clips, recipe.pixels)
     classes = len(run.training.video_list.classes)
-    targets = data.soft_targets(labels.to(device), classes, recipe.smoothing)  # (b,C)
+    labels = torch.as_tensor(labels, device=device)
+    targets = data.soft_targets(labels, classes, recipe.smoothing)  # (b,C)
     video, targets = data.mix_pairs(video, targets, own)
     with evaluation.autocast(device, recipe.precision):
         logits, aux = run.wrapped(video)  # (b,C), scalar

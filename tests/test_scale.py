@@ -291,33 +291,111 @@ class Probe(torch.utils.data.Dataset):
     """A data set whose items tell of the process that reads them."""
 
     def __len__(self):
-        return 2
+        return 8
 
     def __getitem__(self, i):
         return os.getpid(), torch.get_num_threads()
 
+    collate = list
 
-def test_loader_workers_outlive_a_schedulers_warning_but_not_their_process():
-    loader = data.load_batches(Probe(), 2, list, batch_size=1)
-    batches = iter(loader)
+
+def test_loader_workers_outlive_a_schedulers_warning():
+    batches = iter(data.load_batches(Probe(), 2, batch_size=1))
     (one, threads), = next(batches)
     assert one != os.getpid() and threads == 1
-    subprocess.run(["kill", "-TERM", str(one)], check=True)  # by another process
-    assert len(list(batches)) == 1
-    batches = iter(loader)
-    (one, _), = next(batches)
-    worker = next(worker for worker in batches._workers if worker.pid == one)
-    worker.terminate()
-    worker.join(timeout=10)
-    assert worker.exitcode == 0
+    os.kill(one, signal.SIGTERM)
+    assert [len(batch) for batch in batches] == [1] * 7
+
+
+def test_loader_workers_end_with_a_parent_that_is_killed():
+    words = ("import data, test_scale, time\n"
+             "batches = iter(data.load_batches(test_scale.Probe(), 2, batch_size=1))\n"
+             "print(next(batches)[0][0], next(batches)[0][0], flush=True)\n"
+             "time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    pids = [int(word) for word in process.stdout.readline().split()]
+    assert len(set(pids)) == 2 and all(Path(f"/proc/{pid}").exists() for pid in pids)
+    process.kill()
+    process.communicate()
+    began = time.monotonic()
+    while any(Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+              for pid in pids):
+        assert time.monotonic() - began < 4, "a worker lives on"  # PyTorch's own watch looks every 5 seconds
+        time.sleep(0.05)
+
+
+def videos_of(world):
+    """A test's and a training's loader's data sets of the same small folder."""
+    video_list, recipe = data.class_folders(world / "base"), train.resolve_recipe("fewshot", "tc", "shapes")
+    views = data.Views(frames=8, size=32, short_side=32)
+    return (data.TestVideos(video_list, views),
+            data.TrainVideos(video_list, views, 0, recipe.augmentation()))
+
+
+def test_batches_come_by_value_if_shared_memory_is_full(world, monkeypatch):
+    tests, training = videos_of(world)
+    wanted = [*tests.loader(4, 0)], [*training.loader([[(0, 1, 1.0), (0, 2, 1.0)]], 0)]
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # inherited by the forked workers
+    found = [*tests.loader(4, 2)], [*training.loader([[(0, 1, 1.0), (0, 2, 1.0)]], 1)]
+    assert all(isinstance(batch[1], np.ndarray) for batch in found[0])
+    for one, two in zip(wanted[0] + wanted[1], found[0] + found[1]):
+        for a, b in zip(one[:3], two[:3]):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.skipif(not shutil.which("unshare") or os.geteuid() != 0, reason="needs root and unshare")
+def test_a_container_with_little_shared_memory(world):
+    """A /dev/shm of 64 kB, of which every batch needs 100: the test goes on, and every video is scored."""
+    words = (f"mount -t tmpfs -o size=64k tmpfs /dev/shm && exec {sys.executable} {ROOT / 'eval.py'} --zeroshot shapes "
+             f"--data {world} --clip {world / 'clip.pt'} --workers 2 --batch 4")
+    if subprocess.run(["unshare", "-m", "true"]).returncode:
+        pytest.skip("no private mounts here")
+    done = subprocess.run(["unshare", "-m", "sh", "-c", words], text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "shapes base: 40 videos" in done.stdout and "Traceback" not in done.stderr
+
+
+class Unsendable(Probe):
+    @staticmethod
+    def collate(items):
+        return lambda: items  # no pickle takes it
+
+
+def test_a_batch_that_cannot_be_sent_ends_its_worker(capfd):
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        next(iter(data.load_batches(Unsendable(), 1, batch_size=1)))
+    assert "cannot send a batch" in capfd.readouterr().err
+
+
+def same_on_all(rank, folder, lines):
+    """In a process of its own: what check_same_on_all says on `rank`, written to folder/rank."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
+                                         world_size=len(lines))
+    try:
+        data.check_same_on_all(lines[rank])
+        said = "the same"
+    except ValueError as error:
+        said = str(error)
+    (folder / str(rank)).write_text(said)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("lines, wanted", [
+    (("12 videos", "12 videos"), "the same"),
+    (("12 videos", "9 videos"), "rank 1 sees other data than rank 0: 9 videos, not 12 videos")])
+def test_processes_compare_their_data(tmp_path, lines, wanted):
+    torch.multiprocessing.spawn(same_on_all, (tmp_path, lines), nprocs=2)
+    assert {(tmp_path / str(rank)).read_text() for rank in (0, 1)} == {wanted}
 
 
 def test_loaders_can_be_sent_to_another_process(world):
     """Worker processes that are not forked, as from Python 3.14 on, get the data set and all it needs in a pickle."""
-    videos, recipe = data.class_folders(world / "train"), train.resolve_recipe("fewshot", "tc", "shapes")
-    views = data.Views(frames=8, size=32, short_side=32)
-    for loader in (data.TrainVideos(videos, views, 0, recipe.augmentation()).loader([[(0, 0, 1.0)]], 1),
-                   data.TestVideos(videos, views).loader([0], 1, 1)):
+    tests, training = videos_of(world)
+    for loader in (training.loader([[(0, 0, 1.0)]], 1), tests.loader(1, 1)):
         dataset, collate, _ = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn)))
         assert len(collate([dataset[(0, 0, 1.0) if isinstance(dataset, data.TrainVideos) else 0]])[1]) == 1
 
