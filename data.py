@@ -1144,7 +1144,7 @@ class TrainVideos(Dataset):
         clips, labels, weights, errors = zip(*items)
         unreadable = any(clip is None for clip in clips)
         clips = None if unreadable else to_share(torch.stack(clips))
-        return clips, np.array(labels), np.array(weights), list(chain.from_iterable(errors))
+        return clips, np.array(labels), np.array(weights), sum(errors, [])
 
 
 # ---- the miniature world ---------------------------------------------------------------------------------------------
