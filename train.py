@@ -99,7 +99,7 @@ class Recipe:
     sampling: str = knob("tsn", "tsn, uniform")
     clips: int = knob(2, "test views in time")
     crops: int = knob(1, "test views in space, 1 or 3")
-    pixels: str = knob("imagenet", "imagenet, clip: whose pixel mean and deviation")
+    pixels: str = knob("imagenet", "imagenet, clip or half (127.5): the pixels' mean and deviation")
     short_side: int = knob(
         0, "pixels, before the crop; 0: 256/224 of the model's resolution")
     # augmentation
