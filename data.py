@@ -947,6 +947,15 @@ def gather(items):
     return [item for part in lists for item in part]
 
 
+def check_same_data(description):
+    """Raises ValueError, on every process, if the processes describe their data differently."""
+    described = gather([description])
+    for rank, other in enumerate(described):
+        if other != described[0]:
+            raise ValueError(f"process {rank} sees other data than process 0: {other}, not "
+                             f"{described[0]}; give every machine the same videos and lists")
+
+
 def any_process(flag, device):
     """Whether the flag is set on any process. It costs one number, nothing beside a training step."""
     if rank_and_world()[1] == 1:

@@ -16,6 +16,7 @@ recipes; tables; the command line.
 import contextlib
 import dataclasses
 import difflib
+import errno
 import hashlib
 import itertools
 import json
@@ -23,9 +24,9 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import textwrap
-import threading
 import time
 import typing
 import warnings
@@ -44,6 +45,11 @@ import data
 import eval as evaluation  # `eval` is a builtin
 from clip_vit import Block, knob, load_clip, read_checkpoint
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # DDP's broadcast_buffers is called forward_sync_buffers from torch 2.13 on; older ones lack that
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
 
@@ -57,8 +63,9 @@ CHOICES = {
     "schedule": ("released", "continuous"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
 }
-COUNTS = ("shots", "frames", "clips", "epochs", "batch", "micro_batch", "eval_every", "save_every")
+COUNTS = ("shots", "frames", "clips", "epochs", "micro_batch", "eval_every", "save_every")
 SHARES = ("flip", "jitter", "grey", "shift", "smoothing", "switch")
+MOST = dict.fromkeys(SHARES, 1) | {"frames": 1024, "clips": 100, "short_side": 8192}
 
 
 def knobs(config):
@@ -123,7 +130,8 @@ class Recipe:
     position_lr: float = knob(1.0, "times lr, for temporal position embeddings")
     schedule: str = knob("released", "or continuous, without its jump at the end of warm-up")
     drop_last: bool = knob(True, "leave out an epoch's last incomplete step [released]")
-    batch: int = knob(256, "videos per step, over all processes")
+    batch: int = knob(
+        256, "videos per step, over all processes; 0: an eighth of all, but 4 to 64")
     micro_batch: int = knob(
         8, "videos per forward pass, even; costs memory; only batch norm sees it")
     weight_decay: float = knob(0.001, "of AdamW")
@@ -153,9 +161,8 @@ class Recipe:
         for name, (kind, _) in knobs(Recipe).items():
             if kind in (int, float):
                 self.check_range(name)
-        if not all(0 < part <= 1 for part in self.scales):
-            raise ValueError(
-                f"scales={self.scales} must be parts of the short side, above 0 and at most 1")
+        if not all(0.05 <= part <= 1 for part in self.scales):
+            raise ValueError(f"scales={self.scales} must be parts of the short side, 0.05 to 1")
         if len(self.strengths) != 4 or not all(0 <= part <= 1 for part in self.strengths):
             raise ValueError(f"strengths={self.strengths} must be four numbers between 0 and 1")
         if self.protocol == "zeroshot" and (self.probe or self.model.get("num_classes")):
@@ -164,6 +171,9 @@ class Recipe:
                 "num_classes) does not know them: take --protocol supervised")
         if self.probe and not self.checkpoint:
             raise ValueError("probe=true needs the model to be probed: --checkpoint FILE")
+        if self.keep_decoded and self.workers:
+            raise ValueError(
+                f"keep_decoded=true keeps clips in one process: workers={self.workers} must be 0")
         if self.batch % 2 or self.micro_batch % 2:
             raise ValueError(
                 f"batch={self.batch} and micro_batch={self.micro_batch} must be even, because "
@@ -171,7 +181,7 @@ class Recipe:
 
     def check_range(self, name):
         least = 1 if name in COUNTS else 0
-        most = 1 if name in SHARES else 2**32 - 1
+        most = MOST.get(name, 2**32 - 1)
         value = getattr(self, name)
         if not least <= value <= most:  # nan is refused too
             raise ValueError(f"{name}={value} must lie between {least} and {most}")
@@ -203,6 +213,10 @@ DATASET_RECIPES = {  # and on one dataset: (protocol, method, dataset)
         weight_decay=0.01, position_decay=0.01, smoothing=0.0, mixup=0.0, cutmix=0.0,
         sampling="uniform", model={"num_classes": 174}),
 }
+FOLDER = dict(  # [ours] few videos of one's own: enough updates, at a rate that learns
+    epochs=50, warmup_epochs=5.0, lr=1e-5, lr_min=1e-7, batch=0, schedule="continuous",
+    drop_last=False, clips=2, crops=1)
+FEW_UPDATES = 200  # a run with fewer hardly moves CLIP
 PROBE = dict(lr=1e-3, lr_min=1e-5, new_lr=1.0, smoothing=0.0, mixup=0.0, cutmix=0.0)  # [ours]
 PROTOCOLS = tuple(PROTOCOL_RECIPES)
 SWEPT = ("shots", "seed")  # settings of which several values, as in shots=2,4,8, are several runs
@@ -320,6 +334,10 @@ def epoch_batches(recipe, count, epoch, rank=0, world=1):
 
 # ---- files ---------------------------------------------------------------------------------------
 
+DAMAGED_LAST = "delete it, and the same command trains from the start"
+INSTEAD_OF_BEST = "or copy last.pt there, and the last epoch is tested in place of the best one"
+
+
 def write_atomically(path, write):
     """Calls write(file) on a temporary file, which then takes the place of `path`, whole.
 
@@ -356,16 +374,15 @@ def save(path, content):
     write_atomically(path, lambda file: torch.save(content, file))
 
 
-def read_state(path):
-    """The dict that `save` wrote. Raises ValueError that names the file."""
+def read_state(path, advice):
+    """The dict that `save` wrote. Raises ValueError that names the file and gives the advice."""
     try:
         content = read_checkpoint(path)
-        if not isinstance(content, dict) or "model" not in content:
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             raise ValueError(f"{path} holds no model")
         return content
     except ValueError as error:
-        raise ValueError(
-            f"{error}: delete {path.parent} to train anew, or choose another --out") from error
+        raise ValueError(f"{error}: {advice}") from error
 
 
 def save_json(path, content):
@@ -373,13 +390,16 @@ def save_json(path, content):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path):
-    """The dict that save_json wrote. Raises ValueError that names the file."""
+def read_json(path, names, advice):
+    """The dict that save_json wrote. Raises ValueError, with the advice, if it lacks one of `names`."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): delete its folder, or choose another --out") from error
+        content = json.loads(path.read_text())
+        missing = [name for name in names if name not in content]
+        if missing or not isinstance(content, dict):
+            raise ValueError(f"no {', '.join(missing)} in it")
+        return content
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error!s:.100}): {advice}") from error
 
 
 def describe_data(train_videos, tests):
@@ -393,37 +413,106 @@ def describe_data(train_videos, tests):
     return f"{count}, {digest[:8]}"
 
 
-def open_folder(folder, recipe):
-    """Makes the run folder, or checks that it holds a run of this very recipe (a dict).
+@contextlib.contextmanager
+def locked(folder):
+    """Keeps other processes from training in the folder. Raises ValueError if one does already.
 
-    Raises ValueError if it holds another run, or other files.
+    The operating system holds the lock for this process, so that a killed one leaves none. A
+    replacement for a lost machine waits until the file server has noticed the loss.
     """
+    path = folder / "lock"
+    with open(path, "a+") as file:
+        patience = 100 if "TORCHELASTIC_RUN_ID" in os.environ else 0  # seconds
+        while not try_lock(file):
+            file.seek(0)
+            owner = file.read(200)
+            if patience <= 0 or socket.gethostname() in owner:
+                raise ValueError(
+                    f"another process is training in {folder} ({owner}): wait for it, or choose "
+                    f"another --out; if it is gone, delete {path}.{slurm_hint()}")
+            patience -= 5
+            time.sleep(5)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def try_lock(file):
+    """Whether this process got the lock on an open file, or the file system has no locks."""
+    if fcntl is None:
+        return True
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        reason = error.strerror
-        raise ValueError(
-            f"{folder} cannot be made a folder ({reason}): choose another --out") from error
-    for pattern in (".*.pt.[0-9]*", ".*.json*.[0-9]*"):  # left by a write that was killed
-        for left in folder.glob(pattern):
-            left.unlink()
-    path = folder / "recipe.json"
-    if path.exists():
-        check_same_run(folder, read_json(path), json.loads(json.dumps(recipe)))
-    elif any(folder.iterdir()):
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
+
+
+def slurm_hint():
+    """A sentence for those whom srun has given several processes without torchrun."""
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if tasks == "1" or "RANK" in os.environ:
+        return ""
+    return f" SLURM starts {tasks} tasks here: start one torchrun per node in their place"
+
+
+def refuse_other_files(folder):
+    """Raises ValueError if the folder holds files, and none of them is a run's."""
+    if not folder.is_dir():
+        return
+    names = {path.name for path in folder.iterdir()} - {"lock"}
+    if names and not names & {"recipe.json", "last.pt"}:
         raise ValueError(
             f"{folder} holds other files and no recipe.json: choose another --out, or an empty "
             "folder")
 
 
-def check_same_run(folder, old, new):
-    """Raises ValueError that names each setting in which two recipes (dicts) differ."""
-    free = ("workers", "save_every", "compile", "checkpointing")  # they change no result
-    differ = [f"{name} is {old.get(name)!r} there, {value!r} now"
-              for name, value in new.items() if name not in free and old.get(name) != value]
+def differences(old, new):
+    """The settings in which two recipes (dicts) differ, in words; not those that change no result."""
+    free = ("workers", "save_every", "compile", "checkpointing")
+    return [f"{name} is {old.get(name)!r} there, {value!r} now"
+            for name, value in new.items() if name not in free and old.get(name) != value]
+
+
+def check_same_run(folder, recipe):
+    """Raises ValueError if the run folder holds a run of another recipe (a dict)."""
+    for pattern in (".*.pt.[0-9]*", ".*.json*.[0-9]*"):  # left by a write that was killed
+        for left in folder.glob(pattern):
+            left.unlink()
+    path = folder / "recipe.json"
+    if path.exists():
+        old = read_json(path, ["protocol"], "delete it, and the same command writes it again")
+    elif (folder / "last.pt").exists():
+        old = read_state(folder / "last.pt", DAMAGED_LAST)["recipe"] | {"data": recipe["data"]}
+    else:
+        return
+    differ = differences(json.loads(json.dumps(old)), json.loads(json.dumps(recipe)))
     if differ:
-        raise ValueError(
-            f"{folder} holds another run ({'; '.join(differ)}): choose another --out, or delete it")
+        advice = "choose another --out, or delete it"
+        if len(differ) == 1 and differ[0].startswith("epochs "):
+            advice += f"; to train on from its weights, add --checkpoint {folder / 'best.pt'}"
+        raise ValueError(f"{folder} holds another run ({'; '.join(differ)}): {advice}")
+
+
+@contextlib.contextmanager
+def open_folder(folder, recipe):
+    """Makes the run folder if need be, and holds it for a run of this very recipe (a dict).
+
+    Raises ValueError if it holds another run or other files, or if another process trains there.
+    """
+    refuse_other_files(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made a folder ({error.strerror}): choose another "
+                         "--out") from error
+    with locked(folder):
+        check_same_run(folder, recipe)
+        yield
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -435,12 +524,13 @@ class Run:
     recipe: Recipe
     folder: Path
     training: data.TrainVideos
-    validation: data.TestVideos
+    validation: data.TestVideos  # one view of each video
     model: nn.Module
     wrapped: nn.Module  # the model as it is trained: under DDP, compiled
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: dict  # all of the run's state that is neither weights nor optimiser
+    drawn: tuple = ()  # the training videos, below the data folder, if a protocol drew them
 
     @property
     def per_epoch(self):
@@ -473,17 +563,35 @@ def check_machine(recipe, device):
                 f"--compile needs a compiler: install {compilers[0]}, or leave the flag out")
 
 
-def load_last(path, model, optimizer, scaler):
-    """Loads last.pt into all three; returns the run's progress. Raises ValueError."""
-    state = read_state(path)
+def check_progress(progress, per_epoch):
+    """Raises ValueError, TypeError or KeyError if a run's progress cannot be what it should be."""
+    history, step = progress["history"], progress["step"]
+    for number, line in enumerate(history, 1):
+        if line["epoch"] != number or not math.isfinite(line["loss"] + line["seconds"]):
+            raise ValueError(f"odd history: {line!s:.100}")
+    begun = step - len(history) * per_epoch
+    sums = math.fsum(progress["sums"])
+    if not (0 <= begun <= per_epoch and math.isfinite(sums) and len(progress["sums"]) == 3):
+        raise ValueError(f"odd progress: step {step}, {len(history)} epochs, sums of {sums}")
+    if not progress["seconds"] >= 0 or not all(isinstance(name, str) for name in progress["bad"]):
+        raise ValueError("odd progress: seconds or bad")
+
+
+def load_last(folder, model, optimizer, scaler, per_epoch):
+    """Loads folder/last.pt into all three; returns the run's progress. Raises ValueError."""
+    path = folder / "last.pt"
+    state = read_state(path, DAMAGED_LAST)
     try:
+        check_progress(state["progress"], per_epoch)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        return state["progress"]
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not of this run ({error!s:.200}): choose another --out") from error
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not of this run ({error!s:.100}): {DAMAGED_LAST}") from error
+    tested = [line["epoch"] for line in state["progress"]["history"] if "top1" in line]
+    if tested and not (folder / "best.pt").exists():
+        raise ValueError(f"{folder / 'best.pt'} is missing: put it back, {INSTEAD_OF_BEST}")
+    return state["progress"]
 
 
 def wrap(model, recipe):
@@ -511,7 +619,8 @@ def start(recipe, folder, train_videos, validation_videos, device):
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     progress = {"step": 0, "sums": [0.0] * 3, "bad": [], "seconds": 0.0, "history": []}
     if (folder / "last.pt").exists():
-        progress = load_last(folder / "last.pt", model, optimizer, scaler)
+        per_epoch = steps_per_epoch(recipe, len(train_videos.paths))
+        progress = load_last(folder, model, optimizer, scaler, per_epoch)
     views = evaluation.eval_views(vars(recipe), model)
     one_view = dataclasses.replace(views, clips=1, crops=1)
     training = data.TrainVideos(
@@ -543,11 +652,20 @@ def save_run(run):
 
 @contextlib.contextmanager
 def sigterm_noted():
-    """Within it, SIGTERM (a scheduler's warning) only sets the threading.Event that it yields."""
-    noted = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: noted.set())
+    """Within it, SIGTERM (a scheduler's warning) only adds its time to the list that it yields.
+
+    One that comes seconds after the first ends the process: somebody insists.
+    """
+    times = []
+
+    def note(*_):
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 3:  # sooner it is an echo: torchrun passes on its own
+            os._exit(143)
+
+    before = signal.signal(signal.SIGTERM, note)
     try:
-        yield noted
+        yield times
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -628,6 +746,7 @@ def train_epoch(run, bar):
     Returns whether SIGTERM has stopped it.
     """
     recipe, progress = run.recipe, run.progress
+    device = run.model.clip.logit_scale.device
     epoch = len(progress["history"])
     done = progress["step"] - epoch * run.per_epoch
     run.wrapped.train()
@@ -637,7 +756,7 @@ def train_epoch(run, bar):
     micro_batches = [part for parts in steps for part in parts]
     loader = iter(run.training.loader(micro_batches, recipe.workers))
     sums, errors, began = 0, [], time.monotonic()
-    with sigterm_noted() as noted:
+    with sigterm_noted() as times:
         for i, parts in enumerate(steps, done):
             set_rates(run.optimizer, recipe, progress["step"], len(run.training))
             videos = min(recipe.batch, len(run.training) - i * recipe.batch)
@@ -646,7 +765,7 @@ def train_epoch(run, bar):
             errors += step_errors
             progress["step"] += 1
             bar.update()
-            stop = data.any_process(noted.is_set(), sums.device)  # all leave after the same step
+            stop = data.any_process(bool(times), device)  # all leave after the same step
             last = i == run.per_epoch - 1
             if stop or last or progress["step"] % recipe.save_every == 0:
                 add_up(run, sums.tolist(), errors, time.monotonic() - began)
@@ -654,7 +773,7 @@ def train_epoch(run, bar):
                 sums, errors, began = 0, [], time.monotonic()
             if stop:
                 return True
-    return False
+    return data.any_process(bool(times), device)  # one that came during the last save
 
 
 def add_up(run, sums, errors, seconds):
@@ -668,8 +787,12 @@ def add_up(run, sums, errors, seconds):
     progress["seconds"] += seconds
     evaluation.stop_if_unreadable(progress["bad"], len(run.training))
     if not math.isfinite(progress["sums"][0]):
-        step = progress["step"]
-        raise ValueError(f"the loss is not finite at step {step}: lower lr, or try precision=bf16")
+        precision = run.recipe.precision
+        advice = "lower lr"
+        if precision != "fp32":
+            advice += f", or try precision={'bf16' if precision == 'fp16' else 'fp32'}"
+        raise ValueError(f"the loss is not finite at step {progress['step']} (precision="
+                         f"{precision}): {advice}")
 
 
 def finish_epoch(run):
@@ -707,7 +830,7 @@ def write_epoch(run, line, keep):
     epoch, history = line["epoch"], run.progress["history"]
     if keep:
         best = {
-            "recipe": vars(run.recipe),
+            "recipe": vars(run.recipe) | {"drawn": run.drawn},
             "model": run.model.state_dict(),
             "classes": list(run.training.video_list.classes),
             "epoch": epoch,
@@ -768,7 +891,7 @@ def transfer(run, root):
         lambda: evaluation.build_model(vars(recipe), load_clip(recipe.clip, recipe.merges)))
     tuned = {name: value.clone() for name, value in model.state_dict().items()}
     ensembled = evaluation.ensemble(base.state_dict(), tuned, 0.7)
-    labels = "llm" if recipe.labels else ""
+    labels = "llm" if recipe.labels == "llm" else ""
     results = {}
     for dataset in TRANSFER:
         if dataset == recipe.dataset:
@@ -787,13 +910,21 @@ def transfer(run, root):
     return results
 
 
-def announce(recipe, folder, train_videos, tests):
-    """What a run begins with, in lines of text: its folder, its data, and the recipe's settings
-    that differ from the defaults."""
+def lines_of(words):
+    """Words as indented lines of text."""
+    return textwrap.fill(" ".join(words), 98, initial_indent="  ", subsequent_indent="  ",
+                         break_on_hyphens=False, break_long_words=False)
+
+
+def announce(recipe, folder, train_videos, tests, device):
+    """What a run begins with, in lines of text: its folder, data and device, and its settings.
+
+    Settings that have their default values are left out.
+    """
     sizes = ", ".join(f"{name} of {len(videos.paths)}" for name, videos in tests.items())
-    classes = len(train_videos.classes)
-    text = (f"{folder}: {recipe.method} on {recipe.dataset}, {len(train_videos.paths)} training "
-            f"videos of {classes} classes; tests: {sizes}")
+    classes, count = len(train_videos.classes), len(train_videos.paths)
+    text = (f"{folder}: {recipe.method} on {recipe.dataset}, {count} training videos of {classes} "
+            f"classes; tests: {sizes}; on {device_name(device)}")
     expected = data.CLASS_COUNTS.get(recipe.dataset, classes)
     if classes != expected and recipe.protocol != "base2novel":
         text += (f" ({recipe.dataset} has {expected} classes: is this its folder, with its "
@@ -802,18 +933,43 @@ def announce(recipe, folder, train_videos, tests):
                 if getattr(recipe, name) != default}
     words = [f"{name}={value}".replace(" ", "") for name, value in settings.items()]
     words += [f"{name}={value}" for name, value in recipe.model.items()]
-    lines = textwrap.fill(" ".join(words), 98, initial_indent="  ", subsequent_indent="  ",
-                          break_on_hyphens=False)
-    return f"{text}\n{lines}"
+    lines = [text, lines_of(words)]
+    if recipe.protocol == "base2novel":
+        for half in ("base", "novel"):
+            lines.append(lines_of([f"{half} classes:", ", ".join(tests[half].classes)]))
+    updates = recipe.epochs * steps_per_epoch(recipe, count)
+    if updates < FEW_UPDATES:
+        lines.append(f"  only {updates} updates in all, which teach little: more epochs or a "
+                     "smaller batch make more")
+    return "\n".join(lines)
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"the CPU, {torch.get_num_threads()} threads"
+
+
+def read_best(run):
+    """Loads folder/best.pt into the model and returns its content. Raises ValueError."""
+    path = run.folder / "best.pt"
+    advice = f"put the right one there, {INSTEAD_OF_BEST}"
+    best = read_state(path, advice)
+    try:
+        run.model.load_state_dict(best["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is of another model ({error!s:.80}): {advice}") from error
+    return best
 
 
 def test_best(run, tests, root):
     """The results of a trained run, from its best.pt, as results.json has them."""
     recipe, history = run.recipe, run.progress["history"]
-    run.model.load_state_dict(read_state(run.folder / "best.pt")["model"])
+    best = read_best(run)
     results = {
         "recipe": vars(recipe),
         "train_videos": len(run.training),
+        "epoch": best["epoch"] if "epoch" in best else len(history),  # the one that is tested
         "tests": {},
         "transfer": {},
         "bad": sorted({error for line in history for error in line["bad"]}),
@@ -829,29 +985,59 @@ def test_best(run, tests, root):
     return results
 
 
+RESULTS = ("recipe", "tests", "transfer", "seconds")  # what results.json must hold
+
+
+def fit_recipe(recipe, count, device):
+    """The recipe with what depends on the device and on the number of training videos."""
+    batch = recipe.batch
+    if batch == 0:
+        batch = 2 * min(max(count // 16, 2), 32)
+    precision = evaluation.resolve_precision(device, recipe.precision)
+    return dataclasses.replace(recipe, batch=batch, precision=precision)
+
+
+def choose_validation(recipe, tests):
+    """The name of the test set on which the epoch is chosen.
+
+    The first one, as in the papers; of one's own folders val/, if it is there.
+    """
+    if recipe.dataset == "folder" and "val" in tests:
+        return "val"
+    return next(iter(tests))
+
+
 def run_recipe(recipe, root, folder, device):
     """Trains by a recipe, tests on every test set, writes results.json and returns its content."""
-    rank, _ = data.rank_and_world()
-    precision = evaluation.resolve_precision(device, recipe.precision)
-    recipe = dataclasses.replace(recipe, precision=precision)
     train_videos, tests = data.load_protocol(
         recipe.protocol, recipe.dataset, root, recipe.shots, recipe.seed, recipe.train_list,
         recipe.test_list, recipe.labels, recipe.upstream_labels)
-    described = vars(recipe) | {"data": describe_data(train_videos, tests)}
-    data.on_rank_zero(lambda: open_folder(folder, described))
-    if (folder / "results.json").exists():
-        return read_json(folder / "results.json")
-    run = start(recipe, folder, train_videos, next(iter(tests.values())), device)
-    for videos in (*tests.values(), train_videos):  # refuse names now, not after the training
-        run.model.set_classes(videos.classes)
-    if rank == 0:  # only now: a start that fails leaves no trace
-        save_json(folder / "recipe.json", described)
-        print(announce(recipe, folder, train_videos, tests), file=sys.stderr)
-    train_epochs(run)
-    results = test_best(run, tests, root)
-    if rank == 0:
-        save_json(folder / "results.json", results)
-    return results
+    described = describe_data(train_videos, tests)
+    data.check_same_data(described)  # before anything else: else processes wait for one another
+    recipe = fit_recipe(recipe, len(train_videos.paths), device)
+    described = vars(recipe) | {"data": described}
+    with contextlib.ExitStack() as stack:
+        data.on_rank_zero(lambda: stack.enter_context(open_folder(folder, described)))
+        path = folder / "results.json"
+        if path.exists():
+            return read_json(path, RESULTS, "delete it, and the same command makes it again")
+        validation = choose_validation(recipe, tests)
+        run = start(recipe, folder, train_videos, tests[validation], device)
+        for videos in (*tests.values(), train_videos):  # refuse names now, not after the training
+            run.model.set_classes(videos.classes)
+        if recipe.protocol in data.FEW_SHOT:
+            run.drawn = tuple(os.path.relpath(path, root) for path in train_videos.paths)
+        rank, _ = data.rank_and_world()
+        if rank == 0:  # only now: a start that fails leaves no trace
+            save_json(folder / "recipe.json", described)
+            print(announce(recipe, folder, train_videos, tests, device), file=sys.stderr)
+            if run.progress["step"]:
+                print(f"  resumed at step {run.progress['step']}", file=sys.stderr)
+        train_epochs(run)
+        results = test_best(run, tests, root) | {"validation": validation}
+        if rank == 0:
+            save_json(path, results)
+        return results
 
 
 # ---- the miniature -------------------------------------------------------------------------------
@@ -1075,43 +1261,75 @@ def unknown_setting(setting, method, known):
         f"--set {setting}: {method} has no {name!r}{hint}; known are {', '.join(known)}")
 
 
-def resolve_recipe(protocol, method, dataset, settings=(), **given):
-    """The recipe of a run: the papers' numbers, or the miniature's, then flags, then overrides.
-
-    settings: overrides `key=value`, of the recipe or of the model's configuration. given: the
-    flags' values; an empty one leaves the default. Raises ValueError.
-    """
+def parse_settings(method, settings):
+    """({name: value} of the recipe, the same of the model) from overrides `key=value`."""
     run, config = knobs(Recipe), knobs(evaluation.METHODS[method].config)
-    overrides, model_overrides = {}, {}
+    of_run, of_model = {}, {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"--set {setting}: write it as key=value, without spaces")
         if name in run:
-            overrides[name] = parse_value(name, text, *run[name])
+            of_run[name] = parse_value(name, text, *run[name])
         elif name in config:
-            model_overrides[name] = parse_value(name, text, *config[name])
+            of_model[name] = parse_value(name, text, *config[name])
         else:
             raise unknown_setting(setting, method, [*run, *config])
+    return of_run, of_model
+
+
+def table_values(protocol, method, dataset):
+    """The settings that the tables of recipes give a run, "model" among them."""
     values = {"model": {}} | PROTOCOL_RECIPES[protocol] | METHOD_RECIPES[method]
     if (protocol, method, dataset) in DATASET_RECIPES:
         values |= DATASET_RECIPES[protocol, method, dataset]
+    if dataset == "folder":
+        values |= FOLDER
     if dataset == "shapes":
         values |= MINIATURE
         if method in MINIATURE_METHODS:
             values |= MINIATURE_METHODS[method]
     if dataset == "ssv2":
         values["flip"] = 0.0  # left and right are part of its classes
-    model = dict(values["model"])
+    return values
+
+
+def resolve_recipe(protocol, method, dataset, settings=(), defaults=None, **flags):
+    """The recipe of a run: the tables' values, then `defaults`, then flags, then overrides.
+
+    settings: overrides `key=value`, of the recipe or of the model's configuration. flags: their
+    values by name; an empty one was not given. Raises ValueError.
+    """
+    overrides, model_overrides = parse_settings(method, settings)
+    flags = {name: value for name, value in flags.items() if value}
+    for name, value in flags.items():
+        if overrides.get(name, value) != value:
+            raise ValueError(f"--{name} {value} and --set {name}={overrides[name]} contradict each "
+                             "other: give one of them")
+    values = table_values(protocol, method, dataset)
+    defaults = defaults or {"model": {}}
+    model = values["model"] | defaults["model"]
     if overrides.get("probe"):
         values |= PROBE
         model.pop("num_classes", None)
-    if "labels" in overrides and "text_length" in config:
+    if "labels" in overrides and "text_length" in knobs(evaluation.METHODS[method].config):
         model = {"text_length": 77} | model  # described classes are longer than names
-    values |= {name: value for name, value in given.items() if value}
-    values |= overrides
+    if overrides.get("workers"):
+        values["keep_decoded"] = False  # unless it is asked for, which Recipe refuses
+    values |= defaults | flags | overrides
     values["model"] = model | model_overrides
+    for name in ("merges", "checkpoint"):
+        if values.get(name) and not os.path.isfile(values[name]):
+            raise ValueError(f"{name}={values[name]}: no such file")
     return Recipe(protocol, method, dataset, **values)
+
+
+def read_recipe(path):
+    """The recipe (a dict) in a checkpoint of ours; None in other files."""
+    content = read_checkpoint(path)
+    if isinstance(content, dict) and isinstance(content.get("recipe"), dict):
+        return content["recipe"]
+    return None
 
 
 def runs_of(protocol, settings):
@@ -1136,30 +1354,55 @@ def runs_of(protocol, settings):
     return runs
 
 
+def checkpoint_defaults(args):
+    """(method or None, settings) that a --checkpoint of ours brings with it; they see alike."""
+    asked = dict(setting.partition("=")[::2] for setting in args.set)
+    path = args.checkpoint or asked.get("checkpoint")
+    recipe = read_recipe(path) if path and os.path.isfile(path) else None
+    if recipe is None:
+        return None, {"model": {}}
+    names = ("clip", "merges", "frames", "sampling", "pixels", "short_side", "model")
+    return recipe["method"], {name: recipe[name] for name in names}
+
+
 def recipes_of(args, dataset, root, out):
     """{run folder: recipe} of all that a command asks for.
 
     The folder is `out` itself if --out was given and there is a single run.
     """
-    methods = ["tc"]
-    if args.method:
-        methods = [args.method]
-    elif dataset == "shapes":
+    tuned, defaults = checkpoint_defaults(args)
+    methods = [args.method or tuned or "tc"]
+    if dataset == "shapes" and not args.method and not tuned:
         methods = ["vifi", "tc"]
+    if tuned not in methods:  # if it is of another method, load_tuned says so
+        defaults = {"model": {}}
+    if dataset == "shapes":
+        defaults["clip"] = str(root / "clip.pt")
     flags = ("clip", "merges", "checkpoint", "upstream_labels", "compile")
-    given = {name: getattr(args, name) for name in flags}
-    if dataset == "shapes" and not args.clip:
-        given["clip"] = str(root / "clip.pt")
+    flags = {name: getattr(args, name) for name in flags}
     recipes = {}
     for method in methods:
         for name, settings in runs_of(args.protocol, args.set).items():
-            recipe = resolve_recipe(args.protocol, method, dataset, settings, **given)
+            recipe = resolve_recipe(args.protocol, method, dataset, settings, defaults, **flags)
             recipes[out / f"{method}{name}"] = recipe
     if args.out and len(recipes) == 1:
         return {out: recipe for recipe in recipes.values()}
     if (out / "recipe.json").exists():
         raise ValueError(f"{out} is the folder of a single run: choose another --out")
     return recipes
+
+
+def check_places(dataset, root, out, folders):
+    """Raises ValueError if runs would be written among videos or other files."""
+    for folder in folders:
+        refuse_other_files(folder)
+    if dataset == "folder" and root.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"--out {out} lies inside the videos' folder {root}, where folders are "
+                         "classes: choose another")
+    for path in itertools.chain(out.glob("*"), out.glob("*/*")):
+        if path.suffix.lower() in data.VIDEO_SUFFIXES:
+            raise ValueError(f"--out {out} holds videos ({path.name}): choose another, or were "
+                             "--data and --out mixed up?")
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -1204,15 +1447,19 @@ def rows_of(result):
 
 
 def paper_row(recipe):
-    """(name, {column: [top-1 in %]}) of a recipe's (a dict's) row in its paper, or None."""
+    """(name, {column: [top-1 in %]}) of a recipe's (a dict's) row in its paper, or None.
+
+    The zero-shot rows are those of ensembled models.
+    """
     parts = (recipe[name] for name in ("protocol", "method", "dataset", "clip", "frames"))
     key = " ".join(map(str, parts))
-    if recipe["labels"]:
+    if recipe["labels"] == "llm":
         key += ", LLM names"
     if key not in evaluation.PAPERS or recipe["checkpoint"]:
         return None
     columns = {column: [value] for column, value in evaluation.PAPERS[key].items()}
-    return f"{recipe['method']} in its paper", columns
+    kind = ", ensembled," if recipe["protocol"] == "zeroshot" else ""
+    return f"{recipe['method']}{kind} in its paper", columns
 
 
 def cell(values):
@@ -1241,7 +1488,8 @@ def table(results):
         columns["training seconds"] = columns.pop("training seconds", [])  # the last column
     for result in results:
         found = paper_row(result["recipe"])
-        if found:
+        shown = {title for columns in rows.values() for title in columns}
+        if found and shown & found[1].keys():  # something of ours to compare it with
             rows[found[0]] = found[1]
     titles = list(dict.fromkeys(column for columns in rows.values() for column in columns))
     lines = [["method", *titles]]
@@ -1254,19 +1502,33 @@ def table(results):
 
 # ---- the command line ----------------------------------------------------------------------------
 
+def notes_of(name, result):
+    """Lines about a run that its row in the table needs beside it."""
+    recipe = result["recipe"]
+    notes = [f"not tested on {dataset}: {kinds['missing']}"
+             for dataset, kinds in result["transfer"].items() if "missing" in kinds]
+    if recipe["keep_best"] and "validation" in result:
+        chosen = result["validation"]
+        note = f"{name}: epoch {result['epoch']}, the best on one view of {chosen}, was tested"
+        if recipe["dataset"] == "folder" and chosen != "val":
+            note += ("; it was chosen on the test videos, so the numbers flatter it: put videos "
+                     "to choose on into val/<class>")
+        notes.append(note)
+    return notes
+
+
 def print_results(results, out):
-    """Prints the table and what was left out; of several runs also writes out/results.json."""
+    """Prints the table, notes and where the files are; of several runs writes out/results.json."""
     print(table(list(results.values())))
-    missing = set()
-    for result in results.values():
-        for dataset, kinds in result["transfer"].items():
-            if "missing" in kinds:
-                missing.add(f"not tested on {dataset}: {kinds['missing']}")
-    for line in sorted(missing):
-        print(line)
+    notes = {}  # each once, in order
+    for folder, result in results.items():
+        notes |= dict.fromkeys(notes_of(folder.name, result))
+    for note in notes:
+        print(note)
     if len(results) > 1:
         content = {str(folder.relative_to(out)): result for folder, result in results.items()}
         save_json(out / "results.json", content)
+    print(f"models, curves and results.json are in {out}", file=sys.stderr)
 
 
 def main(args):
@@ -1274,8 +1536,10 @@ def main(args):
     rank, _ = data.rank_and_world()
     dataset = args.dataset or "shapes"
     root = Path(args.data or f"data/{dataset}")
-    out = Path(args.out or f"runs/{dataset}-{args.protocol}")
+    name = root.resolve().name if dataset == "folder" else dataset
+    out = Path(args.out or f"runs/{name}-{args.protocol}")
     recipes = recipes_of(args, dataset, root, out)
+    check_places(dataset, root, out, recipes)
     if dataset == "shapes":
         if device.type == "cpu":
             torch.set_num_threads(1)  # more gain nothing on 32 pixels, and lose on a busy machine
@@ -1315,13 +1579,25 @@ def describe(title, config, but=()):
     return "\n".join(lines)
 
 
+def unknown_argument(unknown):
+    """What to say of arguments that are no flags; a setting may have been taken for one."""
+    name, _, value = unknown[0].lstrip("-").partition("=")
+    name = name.replace("-", "_")
+    if not value and len(unknown) > 1:
+        value = unknown[1]
+    configs = [Recipe, *(method.config for method in evaluation.METHODS.values())]
+    if any(name in knobs(config) for config in configs):
+        return f"{unknown[0]} is a setting: write --set {name}={value or '...'}"
+    return f"unrecognized arguments: {' '.join(unknown)}"
+
+
 def parse_args(arguments=None):
     title = "--set for every run (defaults where no recipe of the papers says otherwise):"
     helps = [describe(title, Recipe)]
     for name, method in evaluation.METHODS.items():
         helps.append(describe(f"--set for --method {name}:", method.config, knobs(Recipe)))
     parser = evaluation.Parser(
-        description=__doc__, epilog="\n".join(helps),
+        description=__doc__.partition("Sections")[0], epilog="\n".join(helps),
         usage="train.py --protocol PROTOCOL [flags] [--set key=value ...]")
     flag = parser.add_argument
     flag("--protocol", choices=PROTOCOLS, help="the papers' experiment; needed")
@@ -1344,7 +1620,10 @@ def parse_args(arguments=None):
          help="run folder; default runs/DATASET-PROTOCOL/METHOD. The same command resumes")
     flag("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
          help="overrides, listed below; shots=2,4,8 or seed=1,2,3 are several runs; default: none")
-    args = evaluation.check_flags(parser, parser.parse_args(arguments))
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(unknown_argument(unknown))
+    evaluation.check_flags(parser, args)
     if not args.protocol:
         parser.error(f"--protocol is needed, one of {', '.join(PROTOCOLS)}")
     return args
