@@ -10,6 +10,7 @@ import csv
 import ctypes
 import fnmatch
 import hashlib
+import html
 import json
 import multiprocessing
 import multiprocessing.queues
@@ -18,13 +19,16 @@ import re
 import shutil
 import signal
 import sys
+import unicodedata
 import uuid
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from itertools import permutations
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import av
 import numpy as np
@@ -459,422 +463,1113 @@ def soft_targets(labels, classes, smoothing=0.0):
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
-# ---- annotations -----------------------------------------------------------------------------------------------------
+# ---- annotations: names, files and lists ---------------------------------------------------------
 
-VIDEO_SUFFIXES = {f".{suffix}" for suffix in "mp4 avi mkv webm mov m4v mpg mpeg ts gif flv wmv 3gp".split()}
-PAGES = {"hmdb51": "https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database",
-         "ucf101": "https://www.crcv.ucf.edu/data/UCF101.php",
-         "k400": "https://github.com/cvdfoundation/kinetics-dataset",
-         "k600": "https://github.com/cvdfoundation/kinetics-dataset",
-         "ssv2": "https://www.qualcomm.com/developer/software/something-something-v-2-dataset"}
-DATASETS = ("shapes", *PAGES, "folder")
-CLASS_COUNTS = {"hmdb51": 51, "ucf101": 101, "k400": 400, "k600": 600, "ssv2": 174}
-SPLITS = "split1", "split2", "split3"
-KINETICS = {"train": ("train.csv", "kinetics*train.csv"),
-            "val": ("val.csv", "validate.csv", "kinetics*val.csv", "kinetics*validate.csv")}
-# The owners' annotation files (* stands for any characters) of each set. The folder is where they come in: any will do.
-OWNERS = {"hmdb51": {split: (f"testTrainMulti_7030_splits/*_test_{split}.txt",) for split in SPLITS},
-          "ucf101": {split: (f"ucfTrainTestlist/{name}.txt",) for split, name in
-                     zip(("train", *SPLITS), ("trainlist01", "testlist01", "testlist02", "testlist03"))},
-          "k400": KINETICS, "k600": KINETICS,
-          "ssv2": {split: (f"something-something-v2-{name}.json", f"{name}.json")
-                   for split, name in (("train", "train"), ("val", "validation"))}}
-TEST_FOLDERS = ("base", "novel", "test", "val")
-# The published lists (ViFi-CLIP, TC-CLIP): the labels file, and the list of each test set.
-PUBLISHED = {"hmdb51": ("hmdb_51_labels.csv", dict(zip(SPLITS, ("val1.txt", "val2.txt", "val3.txt")))),
-             "ucf101": ("ucf_101_labels.csv", dict(zip(SPLITS, ("val1.txt", "val2.txt", "val3.txt")))),
-             "k400": ("kinetics_400_labels.csv", {"val": "val.txt"}),
-             "k600": ("ZS_split1_K600.csv", {split: f"ZS_{split}_K600_eval*.txt" for split in SPLITS}),
-             "ssv2": ("ssv2_labels.csv", {"val": "val.txt"}),
-             "folder": ("labels.csv", {}), "shapes": ("labels.csv", {})}
+VIDEO_SUFFIXES = {f".{suffix}" for suffix in (
+    "mp4 m4v mov qt avi divx mkv webm flv f4v wmv asf mpg mpeg m1v m2v mod tod vob ts mts m2ts mxf "
+    "ogv ogm 3gp 3g2 rm rmvb dav dv wtv mjpg mjpeg h264 264 h265 265 hevc ivf y4m gif").split()}
+TEXT_SUFFIXES = (".txt", ".csv", ".json")  # of annotations
+ARCHIVE_SUFFIXES = (".rar", ".zip", ".tar", ".gz", ".tgz", ".7z")
+CLUTTER = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+SPLITS = ("split1", "split2", "split3")
 
 
 @dataclass(frozen=True)
 class VideoList:
-    """Annotated videos: class names, each video's path and label in [0, C), and names of videos that are nowhere."""
+    """Annotated videos: class names, and each video's path and label in [0, C).
+
+    absent: names of annotated videos that are missing from disk. source: the list or folder that
+    they come from. notes: lines that the user should read. by_folder: the classes are folder names.
+    """
 
     classes: tuple
     paths: tuple
     labels: tuple
     absent: tuple = ()
+    source: str = field(default="", compare=False)
+    notes: tuple = field(default=(), compare=False)
+    by_folder: bool = field(default=False, compare=False)
 
     def keep(self, indices):
         """The videos at these indices, classes unchanged."""
-        return replace(self, paths=tuple(self.paths[i] for i in indices), labels=tuple(self.labels[i] for i in indices))
+        paths = tuple(self.paths[i] for i in indices)
+        labels = tuple(self.labels[i] for i in indices)
+        return replace(self, paths=paths, labels=labels)
 
     def only(self, classes):
-        """The videos of these labels, which are numbered anew from 0 in the order given."""
+        """The videos of these labels, which are renumbered from 0 in the order given."""
         new = {label: i for i, label in enumerate(classes)}
         kept = self.keep([i for i, label in enumerate(self.labels) if label in new])
-        return replace(kept, classes=tuple(self.classes[c] for c in classes), labels=tuple(new[c] for c in kept.labels))
+        names = tuple(self.classes[label] for label in classes)
+        return replace(kept, classes=names, labels=tuple(new[label] for label in kept.labels))
+
+    def note(self, line):
+        """The same videos with one more note."""
+        return replace(self, notes=(*self.notes, line))
 
 
-def files_below(folder):
-    """Each folder in and below `folder`, sorted, links followed, with its sorted file names; none of what is hidden."""
-    seen = set()
-    for top, folders, files in os.walk(folder, followlinks=True):
-        new = os.path.realpath(top) not in seen  # a link may lead back up
-        seen.add(os.path.realpath(top))
-        folders[:] = sorted(name for name in folders if new and not name.startswith("."))
-        yield top, sorted(name for name in files if new and not name.startswith("."))  # ._x.mp4 of a Mac is no video
+def quoted(text, most=120):
+    """A name from a file, safe to print: no control characters, at most about `most` characters."""
+    text = str(text)
+    if len(text) > most:
+        text = f"{text[:most // 2 - 2]}...{text[-(most // 2 - 2):]}"
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def videos_below(folder):
-    """Paths of all video files below a folder, sorted, links followed."""
-    return [os.path.join(top, name) for top, names in files_below(folder) for name in names
-            if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES]
+def some(names, most=3):
+    """The first names, for a message: "chew, clap, climb, ..."."""
+    names = list(names)
+    shown = [quoted(name, 40) for name in names[:most]]
+    if len(names) > most:
+        shown.append("...")
+    return ", ".join(shown)
 
 
-def class_folders(folder):
-    """A VideoList of folder/<class>/<video>. Raises ValueError where there is none."""
-    start = len(os.path.join(folder, ""))
-    found = [(path, path[start:].partition(os.sep)[0]) for path in videos_below(folder) if os.sep in path[start:]]
-    if not found:
-        raise ValueError(f"{folder}: no videos; expected one folder per class with videos inside, <class>/<video>.mp4")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    label = {name: i for i, name in enumerate(classes)}
-    return VideoList(tuple(classes), tuple(path for path, _ in found), tuple(label[name] for _, name in found))
-
-
-class Files:
-    """What lies below a dataset's folder: `videos` {name without suffix: [path, ...]} and, at most three folders down,
-    annotation files `texts` {name: (how far down, path)}."""
-
-    def __init__(self, dataset, root):
-        self.dataset, self.root, self.videos, self.texts = dataset, os.path.normpath(root), {}, {}
-        for top, names in files_below(self.root):
-            depth = top.count(os.sep) - self.root.count(os.sep)
-            for name in names:
-                stem, suffix = os.path.splitext(name)
-                if suffix.lower() in VIDEO_SUFFIXES:
-                    self.videos.setdefault(stem, []).append(os.path.join(top, name))
-                elif depth <= 3 and suffix in (".txt", ".csv", ".json"):
-                    self.texts[name] = min(self.texts.get(name, (9, "")), (depth, os.path.join(top, name)))
-
-    def has_folders(self, name):
-        """Whether root/name, such as train, has class folders."""
-        folder = os.path.join(self.root, name)
-        return os.path.isdir(folder) and (self.dataset not in PAGES or any(map(os.DirEntry.is_dir, os.scandir(folder))))
-
-    def text(self, *patterns):
-        """The path of the annotation file of the first pattern that fits any, whatever its folder; None without."""
-        for pattern in map(os.path.basename, patterns):
-            for name in [pattern] if pattern in self.texts else sorted(fnmatch.filter(self.texts, pattern)):
-                return self.texts[name][1]
-        return None
-
-    def need(self, *patterns):
-        """As `text`, but a ValueError without."""
-        if self.text(*patterns):
-            return self.text(*patterns)
-        labels, lists = PUBLISHED[self.dataset]
-        source = (f" The owner's videos and annotations: {PAGES[self.dataset]}. Or use the lists of https://github.com/"
-                  f"naver-ai/tc-clip: {', '.join([labels, *lists.values()])}") if self.dataset in PAGES else ""
-        raise ValueError(f"{os.path.join(self.root, patterns[0])} is missing, there and up to three folders below: "
-                         f"put it there, and the videos anywhere below {self.root}.{source}")
-
-    def find(self, name):
-        """The path of the video that a list calls `[folder/]name[.suffix]`, or None.
-
-        The known datasets' file names are unique: the file is taken wherever it lies; of several one that is not empty,
-        an owner's replacement first. Others: the path below root, or for a bare name the one file that has it.
-        """
-        path = os.path.join(self.root, name)
-        found = self.videos.get(os.path.splitext(os.path.basename(name))[0], ())
-        if self.dataset not in PAGES:
-            same = [other for other in found if os.path.basename(other) == name]
-            found = [path] if path in found else same if len(same) == 1 else ()
-        if len(found) > 1:
-            return max(found, key=lambda other: (os.path.isfile(other) and os.path.getsize(other) > 0,
-                                                 "/replacement" in other[len(self.root):], other == path))
-        return found[0] if found else path if os.path.isfile(path) else None
-
-    def locate(self, classes, entries, source):
-        """A VideoList of (name, label) pairs. ValueError that names the list `source` where no video is there at all.
-
-        Videos that are nowhere: of Kinetics they are `absent`, as thousands have left YouTube; others keep their path
-        below the root, and fail by name when they are read.
-        """
-        found = [(self.find(name), name, label) for name, label in entries]
-        if not any(path for path, _, _ in found):
-            raise ValueError(f"{source}: none of its {len(entries)} videos is below {self.root}; unpack them there")
-        absent = tuple(name for path, name, _ in found if not path) if self.dataset in ("k400", "k600") else ()
-        kept = [(path or os.path.join(self.root, name), label) for path, name, label in found if path or not absent]
-        return VideoList(tuple(classes), *zip(*kept), absent)
+def composed(name):
+    """A name in Unicode's composed form (NFC): for "ü", a Mac's disk has "u" and dots apart."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 @contextmanager
 def expecting(path, what):
-    """Turns whatever reading the file `path` raises into a ValueError that names it and what was expected."""
+    """Turn whatever reading the file `path` raises into a ValueError that names it and `what`."""
     try:
         yield
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path}: expected {what} ({getattr(error, 'strerror', None) or repr(error):.200})") from error
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError,
+            csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{quoted(path)}: expected {what} ({quoted(reason, 120)})") from error
 
+
+def files_below(folder):
+    """Yield each folder in and below `folder`, sorted, links followed: (path, file names, same).
+
+    Hidden files (._x.mp4 of a Mac is no video) and system folders are left out. A folder that was
+    listed before, under another link, has no file names, and `same` is its earlier path; else "".
+    Raises ValueError if a folder cannot be listed.
+    """
+    listed = {}  # {real path: path}
+    waiting = [str(folder)]
+    while waiting:
+        path = waiting.pop()
+        real = os.path.realpath(path)
+        if real in listed:
+            yield path, [], listed[real]
+            continue
+        listed[real] = path
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as error:
+            raise ValueError(f"{quoted(path)}: {error.strerror}") from error
+        entries = [entry for entry in entries if not entry.name.startswith(".")]
+        inner = [entry.path for entry in entries if entry.name not in CLUTTER and entry.is_dir()]
+        yield path, [entry.name for entry in entries if not entry.is_dir()], ""
+        waiting += reversed(inner)
+
+
+def is_video(name):
+    """Whether a file's suffix is a video's."""
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+
+
+def videos_below(folder):
+    """Paths of all video files below a folder, sorted, links followed."""
+    paths = []
+    for top, names, _ in files_below(folder):
+        paths += [os.path.join(top, name) for name in names if is_video(name)]
+    return paths
+
+
+def passed_over(folder):
+    """A line about the files below a folder that are neither videos nor text, or ""."""
+    others = []
+    for top, names, _ in files_below(folder):
+        others += [os.path.join(top, name) for name in names
+                   if not is_video(name) and not name.endswith(TEXT_SUFFIXES)]
+    if not others:
+        return ""
+    names = some([os.path.relpath(path, folder) for path in others])
+    return f"{quoted(folder)}: {len(others)} files are no known videos and are passed over: {names}"
+
+
+def class_folders(folder):
+    """A VideoList of folder/<class>/<video>; a folder below which there is no video is no class.
+
+    Raises ValueError if there is no video, if a folder cannot be listed or, by a link, lies in two
+    classes, or if a class name is not UTF-8.
+    """
+    start = len(os.path.join(folder, ""))
+    names, paths, loose, others = [], [], [], []
+    for top, files, same in files_below(folder):
+        name = top[start:].partition(os.sep)[0]  # the class; "" in the folder itself
+        if same[start:].partition(os.sep)[0] not in ("", name):
+            raise ValueError(f"{quoted(top)} and {quoted(same)} are one folder: a video has one "
+                             "class")
+        for file in files:
+            path = os.path.join(top, file)
+            if not is_video(file):
+                others.append(path[start:])
+            elif name:
+                names.append(name)
+                paths.append(path)
+            else:
+                loose.append(file)
+    if not paths:
+        raise ValueError(f"{quoted(folder)}: no videos; expected one folder per class with videos "
+                         "inside, <class>/<video>.mp4")
+    label = {name: i for i, name in enumerate(sorted({*names}))}
+    for name in label:
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise ValueError(f"{quoted(folder)}: the class folder {quoted(name)} is not named in "
+                             "UTF-8: rename it")
+    folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    empty = [name for name in folders if name not in label and not name.startswith(".")]
+    kinds = {"folders without videos are no classes": empty,
+             "videos lie in no class folder": loose,
+             "files are no known videos": [n for n in others if not n.endswith(TEXT_SUFFIXES)]}
+    notes = tuple(f"{quoted(folder)}: {len(found)} {kind} ({some(sorted(found))})"
+                  for kind, found in kinds.items() if found)
+    return VideoList(tuple(map(composed, label)), tuple(paths), tuple(label[n] for n in names),
+                     source=f"{os.path.basename(os.path.normpath(folder))}/", notes=notes,
+                     by_folder=True)
+
+
+class Files:
+    """The files below a data set's folder: videos by name, and annotation files by name.
+
+    known: the row of the data set in KNOWN, None for one's own videos. strangers: words that only
+    stand in the names of other data sets' folders; annotation files in such folders are left out.
+    """
+
+    def __init__(self, root, known=None, strangers=()):
+        self.root, self.known = os.path.normpath(root), known
+        self.videos = {}  # {name without suffix: [path, ...]}
+        self.texts = {}  # {name: (not in a folder of this data set, how far down, path)}
+        self.archives = []
+        self.leaves_out = known is not None and known.loses_videos
+        own = known.words if known else ()
+        for top, names, _ in files_below(self.root):
+            below = top[len(self.root):]
+            word = re.sub("[^a-z0-9]", "", below.lower())
+            fits = any(part in word for part in own)
+            strange = not fits and any(part in word for part in strangers)
+            for name in names:
+                stem, suffix = os.path.splitext(name)
+                suffix = suffix.lower()
+                path = os.path.join(top, name)
+                if suffix in VIDEO_SUFFIXES:
+                    self.videos.setdefault(composed(stem), []).append(path)
+                elif suffix in TEXT_SUFFIXES and not strange:
+                    rank = (not fits, below.count(os.sep), path)
+                    self.texts[name] = min(rank, self.texts.get(name, rank))
+                elif suffix in ARCHIVE_SUFFIXES:
+                    self.archives.append(path)
+
+    def has_folders(self, name):
+        """Whether root/name, such as train, has class folders."""
+        folder = os.path.join(self.root, name)
+        if not os.path.isdir(folder):
+            return False
+        return self.known is None or any(entry.is_dir() for entry in os.scandir(folder))
+
+    def text(self, *patterns):
+        """The path of the annotation file of the first pattern that fits one, else None.
+
+        * stands for any characters. Of several files of one name, the one in a folder that is named
+        after the data set is taken, and of these the one nearest to the root.
+        """
+        for pattern in patterns:
+            names = sorted(fnmatch.filter(self.texts, pattern)) if "*" in pattern else [pattern]
+            if names and names[0] in self.texts:
+                return self.texts[names[0]][-1]
+        return None
+
+    def need(self, *patterns):
+        """As `text`, but raises a ValueError if there is no such file."""
+        path = self.text(*map(os.path.basename, patterns))
+        if path is None:
+            line = f"{quoted(os.path.join(self.root, patterns[0]))} is missing"
+            if self.known:
+                lists = [self.known.labels, *(names[0] for names in self.known.lists.values())]
+                line += f": get it from {self.known.page}, or {some(lists, 2)} from "
+                line += "github.com/naver-ai/tc-clip"
+            raise ValueError(line)
+        return path
+
+    def find(self, name):
+        """The path of the video that a list calls `[folder/]name[.suffix]`, or None.
+
+        File names of the known data sets are unique: the file is taken wherever it lies. Of several
+        one that is not empty is taken, an owner's replacement first.
+        """
+        name = composed(name)
+        path = os.path.join(self.root, name)
+        found = self.videos.get(os.path.splitext(os.path.basename(name))[0], [])
+        if self.known is None:
+            found = self.same_path(found, path, name)
+        if len(found) > 1:
+            return max(found, key=partial(self.preference, path))
+        if found:
+            return found[0]
+        if os.path.isfile(path):
+            return path
+        return self.find(name.replace("\\", "/")) if "\\" in name else None
+
+    @staticmethod
+    def same_path(found, path, name):
+        """Of one's own videos: the one at this path, or the only one that has a bare name."""
+        if path in found:
+            return [path]
+        exact = [other for other in found if composed(other) == composed(path)]
+        bare = [other for other in found if composed(os.path.basename(other)) == name]
+        return exact or (bare if len(bare) == 1 else [])
+
+    def preference(self, path, other):
+        """How much the file `other` is preferred for a video that a list has at `path`."""
+        whole = os.path.isfile(other) and os.path.getsize(other) > 0
+        return whole, "/replacement" in other[len(self.root):], other == path
+
+    def locate(self, listed, classes):
+        """The VideoList of a Listed set. Raises ValueError if videos of a whole class are missing.
+
+        Missing videos of Kinetics are left out and named in `absent`, as thousands have left
+        YouTube. Others keep their path below the root: they fail by name when they are read.
+        """
+        paths, labels, missing = [], [], []
+        for name, label in listed.videos:
+            path = self.find(name)
+            if path is None:
+                missing.append((name, label))
+                if self.leaves_out:
+                    continue
+                path = os.path.join(self.root, name)
+            paths.append(path)
+            labels.append(label)
+        absent = tuple(name for name, _ in missing) if self.leaves_out else ()
+        videos = VideoList(tuple(classes), tuple(paths), tuple(labels), absent, listed.source)
+        if missing:
+            videos = self.note_missing(videos, missing, listed)
+        if len({*paths}) < len(paths):
+            videos = self.note_second_labels(videos)
+        return videos
+
+    def note_missing(self, videos, missing, listed):
+        """The VideoList with a note on its missing videos [(name, label)], if they matter."""
+        total, name = len(listed.videos), quoted(missing[0][0])
+        if len(missing) == total:
+            hint = self.how_to_unpack()
+            if re.search(r"\s\d+$", missing[0][0]):
+                hint = "a line must be `path label`, without a number of frames"
+            raise ValueError(f"{quoted(listed.source)}: none of its {total} videos is below "
+                             f"{quoted(self.root)}, such as {name}: {hint}")
+        there = Counter(label for _, label in listed.videos)
+        there.subtract(label for _, label in missing)
+        empty = [label for label, count in sorted(there.items()) if count == 0]
+        if empty:
+            names = some(videos.classes[label] for label in empty)
+            raise ValueError(f"{quoted(self.root)}: {len(empty)} of {len(there)} classes have no "
+                             f"videos ({names}), such as {name}: {self.how_to_unpack()}")
+        share = f"{listed.source}: {len(missing)} of {total} videos are missing, such as {name}"
+        if not self.leaves_out:
+            return videos.note(f"{share}; they count as unreadable")
+        if len(missing) > 0.1 * total:
+            return videos.note(f"{share}; scores on so few do not compare with others'")
+        return videos
+
+    def note_second_labels(self, videos):
+        """The VideoList with a note if videos have two labels; ValueError in one's own list."""
+        first = {}
+        twice = [path for path, label in zip(videos.paths, videos.labels)
+                 if first.setdefault(path, label) != label]
+        if not twice:
+            return videos
+        line = (f"{quoted(videos.source)}: {len(twice)} videos are listed with two labels, such as "
+                f"{quoted(twice[0])}")
+        if self.known is None:
+            raise ValueError(line)
+        return videos.note(line)
+
+    def how_to_unpack(self):
+        """What to do about videos that are missing."""
+        if not self.archives:
+            return "unpack them there"
+        rars = [path for path in self.archives if path.lower().endswith(".rar")]
+        names = some(os.path.relpath(path, self.root) for path in rars or self.archives)
+        if not rars:
+            return f"unpack {names}"
+        return f"unpack {names} with `unrar x`, and for HMDB-51 then the .rar files that come out"
+
+
+class Listed(NamedTuple):
+    """One set as an annotation file lists it; the videos are not looked for yet."""
+
+    source: str  # the file's name
+    videos: list  # [(name, label)]
+
+
+class Listing(NamedTuple):
+    """What the annotation files of a data set say."""
+
+    classes: tuple  # names in the order of their labels
+    sets: dict  # {"train" or a test set's name: Listed}
+
+
+# ---- annotations: labels files and lists ---------------------------------------------------------
 
 def in_order(names):
-    """Class names {id: name} in the order of their ids. ValueError where these do not run from 0 without gaps."""
+    """Class names {id: name} in the order of their ids, which must run from 0, else ValueError."""
     if not names or sorted(names) != list(range(len(names))):
         raise ValueError(f"the ids must run from 0 without gaps; found {sorted(names)[:3]}...")
     return tuple(names[i] for i in range(len(names)))
 
 
 def read_labels(path):
-    """Class names of a labels file, CSV with the header `id,name` or JSON {"0": "name"}, in the order of their ids."""
+    """Class names of a labels file in the order of their ids.
+
+    The file is CSV with the header id,name, or JSON {"0": name}. ValueError names the line that has
+    no name, a name or id a second time, or more cells than the header (a comma without quotes).
+    """
     with expecting(path, "a labels file, CSV with the header id,name or JSON"):
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(json.load(file).items()) if str(path).endswith(".json") else \
-                [(row["id"], row["name"]) for row in csv.DictReader(file)]
-        names = {int(key): name for key, name in rows}
+            if str(path).endswith(".json"):
+                rows = json.load(file, object_pairs_hook=list)  # keeps a key's second value
+            else:
+                rows = labels_rows(csv.reader(file))
+        names, seen = {}, set()
         for key, name in rows:
-            if not isinstance(name, str) or not name.strip() or names[int(key)] != name:
-                raise ValueError(f"id {key} has no name, or several: {name!r}")
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(f"id {key} has no name: {name!r}")
+            if int(key) in names or name in seen:
+                raise ValueError(f"id {key} or its name {quoted(name, 40)} is there twice")
+            names[int(key)] = name
+            seen.add(name)
         return in_order(names)
 
 
-def put_right(dataset, names, upstream=False):
-    """[ours] HMDB-51's published labels have two pairs of names the wrong way round against the owner's files: they
-    are put right, or with `upstream` put as published, for comparison with published numbers."""
+def labels_rows(lines):
+    """[(id, name)] of the lines of a CSV file."""
+    header = next(lines, [])
+    key, name = header.index("id"), header.index("name")
+    rows = []
+    for line in lines:
+        if len(line) > len(header):
+            raise ValueError(f"line {lines.line_num} has more cells than the header: put a name "
+                             "with commas in quotes")
+        if line:
+            line += [""] * len(header)  # a missing cell is empty
+            rows.append((line[key], line[name]))
+    return rows
+
+
+def read_class_names(path):
+    """Class names of a file: CSV or JSON as `read_labels`, else a name per line.
+
+    Lines that are numbered from 1 or from 0, as in UCF-101's classInd.txt, lose their numbers.
+    Raises ValueError.
+    """
+    if str(path).endswith((".csv", ".json")):
+        return read_labels(path)
+    with expecting(path, "text in UTF-8, one class per line"):
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+        names = [line.strip() for line in lines if line.strip()]
+        if not names:
+            raise ValueError("it is empty")
+    pairs = [name.split(maxsplit=1) for name in names]
+    if all(len(pair) == 2 for pair in pairs):
+        numbers = [number for number, _ in pairs]
+        counts = list(map(str, range(len(names) + 1)))
+        if numbers in (counts[1:], counts[:-1]):
+            names = [name for _, name in pairs]
+    return tuple(names)
+
+
+def text_of(name):
+    """What CLIP's tokenizer sees of a class name: its words and signs.
+
+    Names of one text cannot be told apart. As in clip_vit: capitals begin words and are lowered.
+    """
+    name = re.sub("([A-Z])", r" \1", name)
+    name = unicodedata.normalize("NFKC", html.unescape(html.unescape(name))).lower()
+    return re.findall(r"'(?:s|t|re|ve|m|ll|d)\b|[^\W\d_]+|\d|(?:[^\s\w]|_)+", name)
+
+
+def check_classes(classes, source):
+    """Raises ValueError if two class names are the same text to the model."""
+    first = {}
+    for name in classes:
+        other = first.setdefault(tuple(text_of(name)), name)
+        if other is not name:
+            raise ValueError(f"{quoted(source)}: classes {quoted(other, 40)!r} and "
+                             f"{quoted(name, 40)!r} are the same text to the model: rename one")
+
+
+def read_pairs(path, below):
+    """[(name, number)] of a text file with lines `name number`, numbers in [0, below).
+
+    Lines are split at the last space, as names hold spaces. ValueError names the line.
+    """
+    with expecting(path, "a text file in UTF-8"):
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    pairs = []
+    for i, line in enumerate(lines, 1):
+        name, _, number = line.strip().rpartition(" ")
+        if not line.strip():
+            continue
+        if not name or not number.isdecimal() or int(number) >= below:
+            raise ValueError(f"{quoted(path)}, line {i}: expected `path label` with a label below "
+                             f"{below}: {quoted(line)!r}")
+        pairs.append((name, int(number)))
+    return pairs
+
+
+def listed_by_name(rows, classes, root):
+    """{set: Listed} of {set: (source, [(video, class name)])}."""
+    label = {name: i for i, name in enumerate(classes)}
+    sets = {}
+    with expecting(root, "only classes in its lists that the class names have"):
+        for name, (source, videos) in rows.items():
+            sets[name] = Listed(source, [(video, label[owner]) for video, owner in videos])
+    return sets
+
+
+# The files as the data sets' owners distribute them, whatever folder they are in. Each function
+# returns a Listing, or None if the files are not there.
+
+def read_hmdb51(files):
+    """<action>_test_split{1,2,3}.txt with lines `<video>.avi <use>`, for each action.
+
+    use 1: training, of which split 1 is taken; 2: test; 0: neither.
+    """
+    end = "_test_split1.txt"
+    actions = sorted(name.removesuffix(end) for name in files.texts if name.endswith(end))
+    if not actions:
+        return None
+    sets = {}
+    for split in SPLITS:
+        by_use = {0: [], 1: [], 2: []}
+        for label, action in enumerate(actions):
+            for name, use in read_pairs(files.need(f"{action}_test_{split}.txt"), 3):
+                by_use[use].append((f"{action}/{name}", label))
+        sets[split] = Listed(f"*_test_{split}.txt", by_use[2])
+        if split == "split1":
+            sets["train"] = Listed(f"*_test_{split}.txt", by_use[1])
+    return Listing(tuple(action.replace("_", " ") for action in actions), sets)
+
+
+def read_ucf101(files):
+    """classInd.txt with lines `<number from 1> <class>`; trainlist01.txt, testlist0{1,2,3}.txt with
+    lines `<class>/<video>.avi`, some followed by a number."""
+    if not files.text("testlist01.txt"):
+        return None
+    names = {"split1": "testlist01.txt", "split2": "testlist02.txt", "split3": "testlist03.txt"}
+    if files.text("trainlist01.txt"):
+        names["train"] = "trainlist01.txt"
+    rows = {}
+    for name, file in names.items():
+        path = files.need(f"ucfTrainTestlist/{file}")
+        with expecting(path, "the owner's list, as distributed"):
+            lines = Path(path).read_text("utf-8-sig").splitlines()
+            videos = [re.sub(r" \d+$", "", line.strip()) for line in lines if line.strip()]
+            rows[name] = file, [(video, video.split("/")[-2]) for video in videos]
+    path = files.need("ucfTrainTestlist/classInd.txt")
+    with expecting(path, "lines `<number from 1> <class>`"):
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+        numbered = [line.split(maxsplit=1) for line in lines if line.strip()]
+        classes = in_order({int(number) - 1: name.strip() for number, name in numbered})
+    return Listing(classes, listed_by_name(rows, classes, files.root))
+
+
+def read_kinetics(files):
+    """train.csv and val.csv with the columns label, youtube_id, time_start, time_end (seconds).
+
+    A video's name is <id>_<start>_<end>, with six digits for each time.
+    """
+    if not files.text(*KINETICS_VAL):
+        return None
+    paths = {"val": files.need(*KINETICS_VAL)}
+    if files.text(*KINETICS_TRAIN):
+        paths["train"] = files.need(*KINETICS_TRAIN)
+    rows = {}
+    for name, path in paths.items():
+        videos = []
+        with expecting(path, "the owner's list, as distributed"):
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                lines = csv.reader(file)
+                columns = ("label", "youtube_id", "time_start", "time_end")
+                label, video, start, end = map(next(lines, []).index, columns)
+                for line in filter(None, lines):
+                    times = f"{int(line[start]):06d}_{int(line[end]):06d}"
+                    videos.append((f"{line[video]}_{times}", line[label]))
+        rows[name] = os.path.basename(path), videos
+    classes = set()
+    for _, videos in rows.values():
+        classes.update(label for _, label in videos)
+    classes = tuple(sorted(classes))
+    return Listing(classes, listed_by_name(rows, classes, files.root))
+
+
+def read_kinetics600(files):
+    """As Kinetics-400; but class folders win over the CSV files, which are incomplete here."""
+    return None if files.has_folders("train") else read_kinetics(files)
+
+
+def read_ssv2(files):
+    """something-something-v2-{labels,train,validation}.json, or without the long prefix.
+
+    A video's class is its template without brackets; labels.json has the ids of the classes.
+    """
+    prefix, rows = "something-something-v2-", {}
+    for name, file in (("val", "validation.json"), ("train", "train.json")):
+        path = files.text(prefix + file, file)
+        if path is None and name == "val":
+            return None
+        if path is not None:
+            with expecting(path, "the owner's list, as distributed"):
+                items = json.loads(Path(path).read_text("utf-8-sig"))
+                videos = [(str(item["id"]), re.sub(r"[][]", "", item["template"]))
+                          for item in items]
+            rows[name] = os.path.basename(path), videos
+    path = files.need(f"{prefix}labels.json", "labels.json")
+    with expecting(path, 'JSON {"class": "id"}'):
+        names = json.loads(Path(path).read_text("utf-8-sig"))
+        classes = in_order({int(number): name for name, number in names.items()})
+    return Listing(classes, listed_by_name(rows, classes, files.root))
+
+
+class DataSet(NamedTuple):
+    """A known data set: what its files are called, and who reads them."""
+
+    page: str  # where its owner offers it
+    classes: int  # how many
+    words: tuple  # a folder with one of these in its name belongs to this data set
+    read: Callable  # Files -> Listing of the owner's files, None if they are not there
+    test_file: str  # of the owner, what messages ask for
+    train_file: str
+    labels: str  # the published labels file (ViFi-CLIP, TC-CLIP)
+    prefix: str  # of the other published labels files: <prefix>_{base,novel,llm}_labels
+    lists: dict  # {test set: names that its published list has}
+    train_list: str = ""  # the published training list, "" if there is none
+    loses_videos: bool = False  # YouTube deletes some: those that are missing are left out
+    swapped: tuple = ()  # pairs of names that the published labels have the wrong way round
+    balanced: bool = False  # all classes have as many training videos
+
+
+KINETICS_TRAIN = ("train.csv", "kinetics*train.csv")
+KINETICS_VAL = ("val.csv", "validate.csv", "kinetics*val.csv", "kinetics*validate.csv")
+VAL_LISTS = {"split1": ("val1.txt",), "split2": ("val2.txt",), "split3": ("val3.txt",)}
+KNOWN = {
+    "hmdb51": DataSet(
+        page="https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database",
+        classes=51, words=("hmdb",), read=read_hmdb51,
+        test_file="testTrainMulti_7030_splits/*_test_split1.txt",
+        train_file="testTrainMulti_7030_splits/*_test_split1.txt",
+        labels="hmdb_51_labels.csv", prefix="hmdb_51", lists=VAL_LISTS,
+        swapped=(("kick", "kick ball"), ("sword", "sword exercise")), balanced=True),
+    "ucf101": DataSet(
+        page="https://www.crcv.ucf.edu/data/UCF101.php",
+        classes=101, words=("ucf",), read=read_ucf101,
+        test_file="ucfTrainTestlist/testlist01.txt", train_file="ucfTrainTestlist/trainlist01.txt",
+        labels="ucf_101_labels.csv", prefix="ucf_101", lists=VAL_LISTS),
+    "k400": DataSet(
+        page="https://github.com/cvdfoundation/kinetics-dataset",
+        classes=400, words=("k400", "kinetics400"), read=read_kinetics,
+        test_file="val.csv", train_file="train.csv", labels="kinetics_400_labels.csv",
+        prefix="kinetics_400", lists={"val": ("val.txt",)}, train_list="train.txt",
+        loses_videos=True),
+    "k600": DataSet(
+        page="https://github.com/cvdfoundation/kinetics-dataset",
+        classes=600, words=("k600", "kinetics600"), read=read_kinetics600,
+        test_file="val.csv", train_file="train.csv", labels="kinetics_600_labels.csv",
+        prefix="kinetics_600", lists={}, loses_videos=True),
+    "ssv2": DataSet(
+        page="https://www.qualcomm.com/developer/software/something-something-v-2-dataset",
+        classes=174, words=("ssv2", "something"), read=read_ssv2,
+        test_file="something-something-v2-validation.json",
+        train_file="something-something-v2-train.json", labels="ssv2_labels.csv",
+        prefix="ssv2_174", lists={"val": ("validation.txt", "val.txt")}, train_list="train.txt")}
+PAGES = {name: row.page for name, row in KNOWN.items()}
+CLASS_COUNTS = {name: row.classes for name, row in KNOWN.items()}
+DATASETS = ("shapes", *KNOWN, "folder")
+
+
+# ---- protocols -----------------------------------------------------------------------------------
+
+TEST_FOLDERS = ("base", "novel", "test", "val")
+FEW_SHOT = ("fewshot", "base2novel")  # the protocols that draw `shots` videos per class
+
+
+def open_files(dataset, root, upstream_labels=False):
+    """The Files of a data set. Raises ValueError if it is unknown or nothing is there."""
+    if dataset not in DATASETS:
+        raise ValueError(f"dataset {quoted(dataset)!r} is unknown; known are {', '.join(DATASETS)}")
+    known = KNOWN.get(dataset)
+    if upstream_labels and not (known and known.swapped):
+        raise ValueError("upstream labels: only hmdb51's published names differ from its owner's, "
+                         f"not {dataset}'s")
+    if not os.path.isdir(root) or not os.listdir(root):
+        what = "one folder per class, with its videos"
+        if known:
+            what = f"videos and annotations from {known.page}"
+        if dataset == "shapes":
+            what = "`python train.py --protocol fewshot` renders it"
+        raise ValueError(f"{quoted(root)}: no data there; {dataset} is expected in it, or in the "
+                         f"folder that --data names: {what}")
+    strangers = []
+    for other, row in KNOWN.items():
+        if other != dataset:
+            strangers += row.words
+    return Files(root, known, strangers if known else ())
+
+
+def put_right(names, known, upstream=False):
+    """[ours] The class names with the data set's swapped pairs in the order of the owner's files.
+
+    HMDB-51's published labels have kick and kick ball, and sword and sword exercise, the wrong way
+    round. upstream: put them as published instead, to compare with published numbers.
+    """
     names = list(names)
-    for pair in (("kick", "kick ball"), ("sword", "sword exercise")) if dataset == "hmdb51" else ():
+    for pair in known.swapped if known else ():
         if {*pair} <= {*names}:
-            first, second = sorted(map(names.index, pair), reverse=upstream)
+            first, second = sorted([names.index(pair[0]), names.index(pair[1])], reverse=upstream)
             names[first], names[second] = pair
     return tuple(names)
 
 
-def read_pairs(path, below):
-    """[(name, number)] of a text file with lines `name number`, split at the last space, numbers in [0, below)."""
-    with expecting(path, "a text file in UTF-8"):
-        lines = Path(path).read_text("utf-8-sig").splitlines()
-    pairs = [(i, line, *line.strip().rpartition(" ")[::2]) for i, line in enumerate(lines, 1) if line.strip()]
-    for i, line, name, number in pairs:
-        if not name or not number.isdecimal() or int(number) >= below:
-            raise ValueError(f"{path}, line {i}: expected `path label` with a label below {below}: {line!r}")
-    return [(name, int(number)) for _, _, name, number in pairs]
+def published_names(files, path):
+    """The class names of a published labels file, put right."""
+    return put_right(read_labels(path), files.known)
 
 
-def read_hmdb(files):
-    """As `read_owners`. Lines `<video>.avi <use>`, use 1: training (of split 1 here), 2: test, 0: neither."""
-    actions = sorted(name.removesuffix("_test_split1.txt") for name in files.texts if name.endswith("_test_split1.txt"))
-    uses = {split: [(f"{action}/{name}", label, use) for label, action in enumerate(actions)
-                    for name, use in read_pairs(files.need(f"{action}_test_{split}.txt"), 3)] for split in SPLITS}
-    sets = {split: [(name, label) for name, label, use in uses[split] if use == 2] for split in SPLITS}
-    sets["train"] = [(name, label) for name, label, use in uses["split1"] if use == 1]
-    return [action.replace("_", " ") for action in actions], sets
+def published_listing(files):
+    """The Listing of the published lists of a known data set, or None if they are not there."""
+    row = files.known
+    if not any(files.text(*names) for names in row.lists.values()):
+        return None
+    classes = published_names(files, files.need(row.labels))
+    paths = {name: files.need(*names) for name, names in row.lists.items()}
+    if row.train_list and files.text(row.train_list):
+        paths["train"] = files.text(row.train_list)
+    sets = {}
+    for name, path in paths.items():
+        sets[name] = Listed(os.path.basename(path), read_pairs(path, len(classes)))
+    return Listing(classes, sets)
 
 
-def read_rows(path):
-    """[(video, class name)] of a list in Kinetics' CSV, SSv2's JSON or UCF's lines `<class>/<video>.avi[ <number>]`."""
-    with expecting(path, "the owner's list, as distributed"), open(path, newline="", encoding="utf-8-sig") as file:
-        if path.endswith(".csv"):
-            rows = csv.reader(file)
-            label, video, start, end = map(next(rows, []).index, ("label", "youtube_id", "time_start", "time_end"))
-            return [(f"{row[video]}_{int(row[start]):06d}_{int(row[end]):06d}", row[label]) for row in rows if row]
-        if path.endswith(".json"):
-            return [(str(item["id"]), re.sub(r"[][]", "", item["template"])) for item in json.load(file)]
-        names = [re.sub(r" \d+$", "", line.strip()) for line in file if line.strip()]
-        return [(name, name.split("/")[-2]) for name in names]
+def find_listing(files):
+    """The Listing of the owner's files, else of the published lists, else None."""
+    if files.known is None:
+        return None
+    return files.known.read(files) or published_listing(files)
 
 
-def read_owners(files):
-    """Class names and {set: [(video, label)]} from the owner's files, see OWNERS; ((), {}) where there are none, and
-    where Kinetics-600, whose CSVs are incomplete, has class folders."""
-    sets = OWNERS.get(files.dataset, {})
-    test = [patterns for name, patterns in sets.items() if name != "train"]
-    if not test or not files.text(*test[0]) or files.dataset == "k600" and files.has_folders("train"):
-        return (), {}
-    if files.dataset == "hmdb51":
-        return read_hmdb(files)
-    rows = {name: read_rows(files.need(*patterns)) for name, patterns in sets.items()
-            if name != "train" or files.text(*patterns)}
-    classes = sorted({name for entries in rows.values() for _, name in entries})
-    if files.dataset == "ucf101":
-        path = files.need("ucfTrainTestlist/classInd.txt")
-        with expecting(path, "lines `<number from 1> <class>`"):
-            lines = [line.strip().partition(" ") for line in Path(path).read_text("utf-8-sig").splitlines()]
-            classes = in_order({int(i) - 1: name for i, _, name in lines if i})
-    elif files.dataset == "ssv2":
-        path = files.need("something-something-v2-labels.json", "labels.json")
-        with expecting(path, 'JSON {"class": "id"}'):
-            classes = in_order({int(i): name for name, i in json.loads(Path(path).read_text("utf-8-sig")).items()})
-    ids = {name: i for i, name in enumerate(classes)}
-    with expecting(files.root, "only classes in its lists that the class names have"):
-        return classes, {name: [(video, ids[label]) for video, label in entries] for name, entries in rows.items()}
+def read_list(path, files, listing, labels):
+    """The VideoList of a list with lines `path label`.
+
+    Class names: the listing's, else those of the published labels file, else of the file `labels`.
+    """
+    name = files.known.labels if files.known else "labels.csv"
+    if listing:
+        classes = listing.classes
+    elif files.known and files.text(name):
+        classes = published_names(files, files.text(name))
+    elif labels in ("", "llm") or files.text(name):
+        classes = read_labels(files.need(name))
+    else:
+        classes = read_labels(labels)
+    return files.locate(Listed(os.path.basename(path), read_pairs(path, len(classes))), classes)
+
+
+def test_sets(files, listing):
+    """{name: VideoList} of the test sets that are listed, or else lie in class folders."""
+    if listing:
+        return {name: files.locate(listed, listing.classes)
+                for name, listed in listing.sets.items() if name != "train"}
+    names = [name for name in TEST_FOLDERS if files.has_folders(name)]
+    if names:
+        return {name: class_folders(os.path.join(files.root, name)) for name in names}
+    if files.has_folders("train"):
+        raise ValueError(f"{quoted(files.root)}: has train/ but no test/ or val/<class>/<video> "
+                         "beside it to test on")
+    if files.known:
+        files.need(files.known.test_file)
+    return {"test": class_folders(files.root)}
+
+
+def training_set(protocol, shots, files, listing, labels):
+    """The VideoList to train on, or to draw from: the published few-shot list for fewshot, the
+    listed training set, or the class folders in train/."""
+    few = files.text(f"train1_few_shot_{shots}.txt") if files.known else None
+    if few and protocol == "fewshot":
+        return read_list(few, files, listing, labels)
+    if listing and "train" in listing.sets:
+        return files.locate(listing.sets["train"], listing.classes)
+    if few and protocol == "base2novel":
+        return read_list(few, files, listing, labels)
+    if files.has_folders("train"):
+        return class_folders(os.path.join(files.root, "train"))
+    if files.known:
+        files.need(files.known.train_file)
+    raise ValueError(f"{quoted(files.root)}: no training videos; expected train/<class>/<video>")
+
+
+def zero_shot_k600(files, labels):
+    """The three published lists of 160 classes each out of Kinetics-600, none of them K400's."""
+    if labels not in ("", "llm"):
+        raise ValueError(f"{quoted(labels)}: k600 is tested on three lists of classes, for which "
+                         "one labels file cannot hold; only labels=llm does")
+    tests = {}
+    for split in SPLITS:
+        path = files.need(f"ZS_{split}_K600_eval*.txt")
+        classes = read_labels(files.need(f"ZS_{split}_K600.csv"))
+        tests[split] = files.locate(
+            Listed(os.path.basename(path), read_pairs(path, len(classes))), classes)
+        if labels == "llm":
+            names = files.need(f"ZS_{split}_K600_llm.json")
+            tests[split] = renamed(tests[split], names)
+    return tests
+
+
+def plain_key(name):
+    """A class name without capitals, spaces and signs, to compare names of two files."""
+    return re.sub(r"[\W_]", "", composed(name)).lower()
+
+
+def renamed(videos, path):
+    """The VideoList with the class names of a labels file.
+
+    By name if the file has all classes; its names may go on after a colon, as LLM-rephrased ones
+    do: "Kick: a person ...". Else by number, if the folders are named by numbers or a list gives
+    the order, and no name that both have stands at another number. Else ValueError.
+    """
+    names = read_labels(path)
+    classes = [plain_key(name) for name in videos.classes]
+    keys = [plain_key(name) for name in names]
+    heads = [plain_key(name.partition(":")[0]) for name in names]
+    for mine, theirs in ((videos.classes, names), (classes, keys), (classes, heads)):
+        if {*mine} <= {*theirs} and len({*theirs}) == len(theirs):
+            return replace(videos, classes=tuple(names[theirs.index(key)] for key in mine))
+    numbers = list(range(len(classes)))
+    fits = len(names) == len(classes)
+    if videos.by_folder:
+        numbers = [int(name) for name in videos.classes if name.isdecimal()]
+        fits = len(numbers) == len(classes) and max(numbers) < len(names)
+    if fits:
+        fits = all(heads[i] == name or name not in heads for i, name in zip(numbers, classes))
+    if not fits:
+        raise ValueError(f"{quoted(path)}: {len(names)} names, but {videos.source.rstrip('/')} has "
+                         f"{len(classes)} classes of other names: {some(names, 2)} there, "
+                         f"{some(videos.classes, 2)} here; use the same, or name folders by ids")
+    return replace(videos, classes=tuple(names[number] for number in numbers))
+
+
+def named(videos, files, labels, upstream, half=""):
+    """The VideoList with the names of the labels file `labels`, or with HMDB-51's as published.
+
+    labels: "llm" for the published LLM-rephrased names of the data set, or of a `half` of it.
+    Raises ValueError if two names are the same text to the model.
+    """
+    if labels == "llm":
+        prefix = files.known.prefix if files.known else "labels"
+        path = files.text(f"{prefix}_{half}_llm_labels.json") if half else None
+        labels = path or files.need(f"{prefix}_llm_labels.json")
+    if labels:
+        videos = renamed(videos, labels)
+    if upstream:
+        videos = replace(videos, classes=put_right(videos.classes, files.known, upstream=True))
+    check_classes(videos.classes, labels or files.root)
+    return videos
+
+
+def split_folder(root, shots, seed):
+    """One's own class folders: `shots` videos of each class to train on, the others to test."""
+    everything = class_folders(root)
+    train = draw_shots(everything, shots, seed)
+    drawn = {*train.paths}
+    rest = [i for i, path in enumerate(everything.paths) if path not in drawn]
+    test = everything.keep(rest)
+    for label, name in enumerate(train.classes):
+        if label not in test.labels:
+            raise ValueError(f"{quoted(root)}: shots={shots} takes every video of "
+                             f"{quoted(name, 40)!r} for training and leaves none to test on: give "
+                             "it more videos, or lower shots")
+    return train, {"test": replace(test, notes=())}
 
 
 def draw_shots(videos, shots, seed):
-    """`shots` videos of every class, drawn with `seed`. Raises ValueError where a class has fewer."""
-    rng, drawn, labels = np.random.default_rng(seed), [], np.asarray(videos.labels)
+    """`shots` videos of every class, drawn with `seed`. Raises ValueError if a class has fewer."""
+    rng, labels = np.random.default_rng(seed), np.asarray(videos.labels)
+    drawn = []
     for label, name in enumerate(videos.classes):
         members = np.flatnonzero(labels == label)
         if len(members) < shots:
-            raise ValueError(f"class {name!r} has {len(members)} training videos, fewer than shots={shots}")
+            raise ValueError(f"class {quoted(name, 40)!r} has {len(members)} training videos, "
+                             f"fewer than shots={shots}")
         drawn += sorted(rng.permutation(members)[:shots])
+    if len(drawn) < len(labels):
+        videos = replace(videos, source=f"drawn with seed {seed} from {videos.source}")
     return videos.keep(drawn)
 
 
-def base_and_novel(classes, files, owned, train):
-    """Labels of the base and of the novel classes, by training split 1: the owner's, or the VideoList `train`.
+def same_classes(train, test, strict=False):
+    """The test videos with the training's classes, in its order; classes are matched by name.
 
-    [released] ascending in the number of training videos, ties in label order, the first half is novel. The published
-    label files of both halves are used where they are. A few-shot list, equal in all classes, cannot tell: ValueError.
+    Classes that only the training has get a note. strict: classes that only the test has are a
+    ValueError; else such a test keeps its own classes, as base/ and novel/ do.
     """
-    file = PUBLISHED[files.dataset][0]
-    halves = [file.replace("_labels", f"_{half}_labels") for half in ("base", "novel")]
-    if "_labels" in file and all(map(files.text, halves)):  # of k600 there are none
-        with expecting(halves[0], f"and in {halves[1]}, names of {file}"):
-            return [[classes.index(name) for name in read_labels(files.text(half))] for half in halves]
-    labels = [label for _, label in owned["train"]] if "train" in owned else train.labels
+    if test.classes == train.classes or test.source in ("base/", "novel/"):
+        return test
+    strange = [name for name in test.classes if name not in train.classes]
+    if strange and strict:
+        raise ValueError(f"{test.source} has classes that {train.source} has no videos of "
+                         f"({some(strange)}): a model cannot learn them")
+    if strange:
+        return test
+    labels = tuple(train.classes.index(test.classes[label]) for label in test.labels)
+    absent = [name for name in train.classes if name not in test.classes]
+    test = replace(test, classes=train.classes, labels=labels)
+    if absent:
+        test = test.note(f"{test.source} has no videos of {len(absent)} of the "
+                         f"{len(train.classes)} classes ({some(absent)})")
+    return test
+
+
+def base_and_novel(files, listing, classes, base="", train=None):
+    """The labels of the base and of the novel classes.
+
+    base: a file of the base classes' names. Else the published label files of the halves are used.
+    Else classes are ranked by their training videos, those that are missing from disk included
+    [released]: the rarer half is novel, ties in label order. ValueError if nothing tells.
+    """
+    prefix = files.known.prefix if files.known else "folder"
+    names = [files.text(f"{prefix}_{half}_labels.csv") for half in ("base", "novel")]
+    if base:
+        chosen = chosen_classes(base, classes)
+        return chosen, [label for label in range(len(classes)) if label not in chosen]
+    if files.known and all(names):
+        with expecting(names[0], "and in its _novel_ twin, names of the data set's classes"):
+            return tuple([classes.index(name) for name in published_names(files, path)]
+                         for path in names)
+    counted = listing is not None and "train" in listing.sets
+    if counted:
+        labels = [label for _, label in listing.sets["train"].videos]
+    else:
+        labels = (train or training_set("base2novel", 16, files, listing, "")).labels
     count = np.bincount(labels, minlength=len(classes))
-    # HMDB-51 has 70 of every class, and of k600 and one's own folders there are no such lists
-    if "train" not in owned and files.dataset in ("ucf101", "k400", "ssv2") and len(set(count)) == 1:
-        raise ValueError(f"{files.root}: base2novel needs {halves[0]} and its _novel_ twin there, or training videos "
-                         "from which the frequent classes can be counted")
+    known = files.known
+    if known and known.lists and not known.balanced and not counted and len({*count}) == 1:
+        raise ValueError(f"{quoted(files.root)}: base2novel needs {prefix}_base_labels.csv and its "
+                         "_novel_ twin, or all training videos, to count the frequent classes")
     ranked = np.argsort(count, kind="stable").tolist()
     return ranked[len(ranked) // 2:], ranked[:len(ranked) // 2]
 
 
-FEW_SHOT = ("fewshot", "base2novel")  # the protocols that draw `shots` videos per class
+def chosen_classes(path, classes):
+    """The labels of the classes that a file names, see `read_class_names`."""
+    names = read_class_names(path)
+    unknown = [name for name in names if name not in classes]
+    if unknown or len({*names}) == len(classes):
+        raise ValueError(f"{quoted(path)}: it must name some of the classes ({some(classes)}), not "
+                         f"all, and no others ({some(unknown) or 'none'})")
+    return [classes.index(name) for name in dict.fromkeys(names)]
 
 
-def check_root(dataset, root, upstream_labels):
-    """The data folder's path. Raises ValueError where the dataset is unknown or nothing is there."""
-    if dataset not in DATASETS:
-        raise ValueError(f"dataset {dataset!r} is unknown; known are {', '.join(DATASETS)}")
-    if upstream_labels and dataset != "hmdb51":
-        raise ValueError(f"upstream labels: only hmdb51's published names differ from its owner's, not {dataset}'s")
-    if not os.path.isdir(root) or not os.listdir(root):
-        where = {"shapes": "`python train.py --protocol fewshot` renders it",
-                 "folder": "one folder per class, with its videos"}
-        raise ValueError(f"{root}: no data there; {dataset} is expected in it, or in the folder that --data names: "
-                         + (where.get(dataset) or f"videos and annotations from {PAGES[dataset]}"))
-    return root
+def published_half(files, half, *lists):
+    """The VideoList of the first of these published lists of a half, or None.
+
+    Their labels count from 0 within the half.
+    """
+    labels = files.text(f"{files.known.prefix}_{half}_labels.csv") if files.known else None
+    path = files.text(*lists)
+    if labels is None or path is None:
+        return None
+    classes = published_names(files, labels)
+    return files.locate(Listed(os.path.basename(path), read_pairs(path, len(classes))), classes)
 
 
-def read_list(path, files, owned, labels, split="split1"):
-    """A VideoList from a list, lines `path label`. Classes: the owner's, else the published, else the file `labels`."""
-    name = PUBLISHED[files.dataset][0].replace("split1", split)
-    classes = owned[0] or read_labels(files.text(name) or (labels if labels != "llm" else "") or files.need(name))
-    return files.locate(classes, read_pairs(path, len(classes)), path)
+def published_halves(files, shots, seed, listing):
+    """The published base-to-novel lists: (training VideoList or None, {half: VideoList} or {}).
 
-
-def test_sets(files, owned, test_list, labels, training):
-    """{name: VideoList} from a list of one's own, the owner's files, the published lists, or class folders."""
-    if test_list:
-        return {Path(test_list).stem: read_list(test_list, files, owned, labels)}
-    if owned[0]:
-        return {name: files.locate(owned[0], entries, f"{files.root}, {name}")
-                for name, entries in owned[1].items() if name != "train"}
-    lists = {} if files.dataset == "k600" and training else PUBLISHED[files.dataset][1]  # those are of other classes
-    if lists and files.dataset == "k600" or any(map(files.text, lists.values())):
-        return {name: read_list(files.need(file), files, owned, labels, name) for name, file in lists.items()}
-    folders = [name for name in TEST_FOLDERS if files.has_folders(name)]
-    if folders:
-        return {name: class_folders(os.path.join(files.root, name)) for name in folders}
-    if files.has_folders("train"):
-        raise ValueError(f"{files.root}: has train/ but no test/ or val/<class>/<video> beside it to test on")
-    if files.dataset in PAGES:
-        files.need(*next(patterns for name, patterns in OWNERS[files.dataset].items() if name != "train"))
-    return {"test": class_folders(files.root)}
-
-
-def training_set(protocol, files, owned, shots, train_list, labels):
-    """A VideoList from a list of one's own, the published few-shot list, the owner's files, other lists or folders."""
-    few = f"train1_few_shot_{shots}.txt"
-    lists = (*("train.txt",) * (files.dataset not in ("hmdb51", "ucf101")), *(few,) * (protocol in FEW_SHOT))
-    path = train_list or (files.text(few) if protocol == "fewshot" and files.dataset in PAGES else None)
-    if not path and owned[0]:
-        source = "its training split 1" if "train" in owned[1] else files.need(*OWNERS[files.dataset]["train"])
-        return files.locate(owned[0], owned[1]["train"], f"{files.root}, {source}")
-    lists_first = files.dataset in PAGES and files.dataset != "k600"  # whose own train.txt is no such list
-    if not path and files.has_folders("train") and not (lists_first and files.text(*lists)):
-        return class_folders(os.path.join(files.root, "train"))
-    return read_list(path or files.need(*(lists or OWNERS[files.dataset].get("train", OWNERS[files.dataset]["split1"]))),
-                     files, owned, labels)
+    Of 16 shots there are lists for the seeds 1, 2 and 3; else videos are drawn from all of base.
+    """
+    names = [f"fs_base_s{seed}_train.txt"] if shots == 16 else []
+    if listing is None or "train" not in listing.sets:
+        names.append("base_train.txt")
+    train = published_half(files, "base", *names)
+    tests = {half: published_half(files, half, f"{half}_val.txt") for half in ("base", "novel")}
+    return train, tests if all(tests.values()) else {}
 
 
 def check_lists(protocol, files, train_list, test_list):
-    """Of one's own folder: whether what is trained on and what is tested on are told apart. ValueError where not."""
+    """Raises ValueError if training and test videos of one's own folder are not told apart."""
     trains = train_list or files.has_folders("train")
-    tests = test_list or any(map(files.has_folders, TEST_FOLDERS))
-    if files.dataset != "folder" or trains and tests:
+    tests = test_list or any(files.has_folders(name) for name in TEST_FOLDERS)
+    if trains and tests:
         return
     if train_list or test_list:
-        one, other, folder = ("train", "test", "test") if train_list else ("test", "train", "train")
-        raise ValueError(f"{one}_list={train_list or test_list} also needs {other}_list=FILE, or {files.root}/{folder}/"
-                         "<class>/<video>")
-    if not trains and not tests and protocol not in FEW_SHOT:
-        raise ValueError(f"{files.root}: {protocol} trains on all training videos: sort them into train/<class>/<video> "
-                         "and test/<class>/<video>, or take fewshot, which draws them")
+        one, other, folder = "train", "test", "test"
+        if test_list:
+            one, other, folder = "test", "train", "train"
+        raise ValueError(f"{one}_list={quoted(train_list or test_list)} also needs "
+                         f"{other}_list=FILE, or {quoted(files.root)}/{folder}/<class>/<video>")
+    if tests:
+        raise ValueError(f"{quoted(files.root)}: has folders to test on, but no "
+                         "train/<class>/<video>")
+    if not trains and protocol not in FEW_SHOT:
+        raise ValueError(f"{quoted(files.root)}: {protocol} trains on all training videos: sort "
+                         "them into train/<class>/<video> and test/<class>/<video>, or take "
+                         "fewshot, which draws them")
 
 
-def named(sets, files, labels, upstream):
-    """The VideoLists {name: videos} with HMDB-51's names put right, or with the names of the labels file `labels`.
+def keys_of(videos):
+    """What tells each video from all others, wherever its folder is moved: the last two parts of
+    its path, and its size in bytes."""
+    keys = []
+    for path in videos.paths:
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        keys.append(f"{'/'.join(Path(path).parts[-2:])} {size}")
+    return keys
 
-    labels: "llm" for the published LLM-rephrased names, <dataset>_llm_labels.json, looked for as other annotations are.
+
+def left_out(videos, keys):
+    """The videos without those that have one of these `keys_of` videos, with a note."""
+    if not keys:
+        return videos
+    trained = {*keys}
+    kept = [i for i, key in enumerate(keys_of(videos)) if key not in trained]
+    count = len(videos.paths) - len(kept)
+    if count == 0:
+        return videos
+    if not kept:
+        raise ValueError(f"{quoted(videos.source)}: the model was trained on all of its videos")
+    return videos.keep(kept).note(f"{count} of {len(videos.paths)} videos are left out: the model "
+                                  "was trained on them")
+
+
+def load_tests(dataset, root, test_list="", labels="", upstream_labels=False, half="", base="",
+               leave_out=()):
+    """A data set's test sets, {name: VideoList}.
+
+    test_list: a list of one's own instead. labels: a labels file with other names, or "llm", see
+    `named`. upstream_labels: HMDB-51's names as published. half: "base" or "novel", only these
+    classes of the first test set; base: see `base_and_novel`. leave_out: `keys_of` the videos that
+    a model was trained on, which are left out with a note. Raises ValueError.
     """
-    result = {}
-    for name, videos in sets.items():
-        path, names = labels, videos.classes
-        if labels == "llm":
-            file = PUBLISHED[files.dataset][0].replace("split1", name)
-            path = files.need(file.removesuffix(".csv").removesuffix("_labels") + "_llm_labels.json")
-        if path:
-            names = read_labels(path)
-            same = labels == "llm" or videos.classes == next(iter(sets.values())).classes
-            if len(names) != len(videos.classes) or not same:
-                raise ValueError(f"{path}: {len(names)} names, but {name} has {len(videos.classes)} classes; a labels "
-                                 "file is for one list of classes, the same in all sets")
-        result[name] = replace(videos, classes=put_right(files.dataset, names, upstream))
-    return result
+    files = open_files(dataset, root, upstream_labels)
+    if dataset == "k600" and not test_list:
+        if half:
+            raise ValueError("k600 is tested on lists of its own classes: it has no halves")
+        return zero_shot_k600(files, labels)
+    listing = find_listing(files)
+    tests = {}
+    if half and not test_list and not base:
+        videos = published_half(files, half, f"{half}_val.txt")
+        tests = {half: videos} if videos else {}
+    if test_list:
+        tests = {Path(test_list).stem: read_list(test_list, files, listing, labels)}
+    elif not tests:
+        tests = test_sets(files, listing)
+        if listing is None and files.has_folders("train"):
+            train = class_folders(os.path.join(files.root, "train"))
+            tests = {name: same_classes(train, test) for name, test in tests.items()}
+    if half in tests:
+        tests = {half: named(tests[half], files, labels, upstream_labels, half)}
+    elif half:
+        whole = next(iter(tests.values()))
+        halves = dict(zip(("base", "novel"), base_and_novel(files, listing, whole.classes, base)))
+        tests = {half: named(whole, files, labels, upstream_labels).only(halves[half])}
+    else:
+        tests = {name: named(videos, files, labels, upstream_labels)
+                 for name, videos in tests.items()}
+    return {name: left_out(videos, leave_out) for name, videos in tests.items()}
 
 
-def load_tests(dataset, root, test_list="", labels="", upstream_labels=False):
-    """A dataset's test sets, {name: VideoList}; see `test_sets`, `named`, and for `upstream_labels`, `put_right`."""
-    files = Files(dataset, check_root(dataset, root, upstream_labels))
-    owned = read_owners(files) if dataset != "k600" else ((), {})  # that is tested on published lists
-    tests = test_sets(files, owned, test_list, labels, False)
-    return named(tests, files, labels, upstream_labels)
+def also_trained_on(train, test):
+    """The test videos, with a note if some of them are training videos as well."""
+    def real_paths(videos):
+        folders = {*map(os.path.dirname, videos.paths)}
+        real = {folder: os.path.realpath(folder) for folder in folders}
+        return [os.path.join(real[os.path.dirname(path)], os.path.basename(path))
+                for path in videos.paths]
+    trained = {*real_paths(train)}
+    count = sum(path in trained for path in real_paths(test))
+    if count:
+        return test.note(f"{test.source}: {count} of {len(test.paths)} test videos are training "
+                         "videos as well")
+    return test
 
 
-def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list="", labels="", upstream_labels=False):
+def whole_sets(protocol, files, listing, shots, train_list, test_list, labels):
+    """The training set and the test sets of a protocol with all their classes."""
+    if test_list:
+        tests = {Path(test_list).stem: read_list(test_list, files, listing, labels)}
+    else:
+        tests = test_sets(files, listing)
+    if train_list:
+        train = read_list(train_list, files, listing, labels)
+    else:
+        train = training_set(protocol, shots, files, listing, labels)
+    if "split2" in tests or files.known and protocol in FEW_SHOT and "base" not in tests:
+        tests = dict([next(iter(tests.items()))])  # the other splits hold training videos
+    for name, test in tests.items():
+        test = same_classes(train, test, strict=protocol in ("supervised", "fewshot"))
+        if files.known is None:
+            test = also_trained_on(train, test)
+        tests[name] = test
+    return train, tests
+
+
+def base_to_novel(files, listing, train, tests, base, rename):
+    """The base classes' training videos, and the test videos of the base and the novel classes."""
+    if {"base", "novel"} & tests.keys():
+        raise ValueError(f"{quoted(files.root)}: of base/ and novel/ only one is there; give both, "
+                         "or neither")
+    base_labels, novel_labels = base_and_novel(files, listing, train.classes, base, train)
+    train, test = rename(train), rename(next(iter(tests.values())))
+    if test.classes != train.classes:
+        raise ValueError(f"{quoted(files.root)}: base2novel needs the same classes in training and "
+                         "test videos")
+    tests = {"base": test.only(base_labels), "novel": test.only(novel_labels)}
+    return train.only(base_labels), tests
+
+
+def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list="", labels="",
+                  upstream_labels=False, base=""):
     """Training videos and test sets of a protocol, (VideoList, {name: VideoList}).
 
-    fewshot: `shots` videos per class, as published or drawn with `seed`. base2novel: `shots` of each base class, drawn,
-    tests on base and novel. Others: all training videos. Of test splits the first: the others hold training videos.
+    fewshot: `shots` videos per class, as published or drawn with `seed`. base2novel: `shots` of
+    each base class, tests on base and novel; base: see `base_and_novel`. Others: all training
+    videos. Of test splits the first: the others hold training videos. Raises ValueError.
     """
-    files = Files(dataset, check_root(dataset, root, upstream_labels))
-    check_lists(protocol, files, train_list, test_list)
-    owned = read_owners(files)
-    if dataset == "folder" and not train_list and not files.has_folders("train"):
-        everything = class_folders(root)  # one's own class folders: what is not drawn for training is the test
-        train = draw_shots(everything, shots, seed)
-        drawn = set(train.paths)
-        tests = {"test": everything.keep([i for i, path in enumerate(everything.paths) if path not in drawn])}
-        for label in {*range(len(train.classes))} - {*tests["test"].labels}:
-            raise ValueError(f"{root}: shots={shots} takes every video of {train.classes[label]!r} for training and "
-                             "leaves none to test on: give it more videos, or lower shots")
-    else:
-        tests = test_sets(files, owned, test_list, labels, True)
-        train = training_set(protocol, files, owned, shots, train_list, labels)
-    if "split2" in tests or protocol in FEW_SHOT and dataset != "folder" and "base" not in tests:
-        tests = dict([next(iter(tests.items()))])
-    halves = []
-    if protocol == "base2novel" and len({"base", "novel"} & tests.keys()) == 1:
-        raise ValueError(f"{root}: of base/ and novel/ only one is there; give both, or neither")
-    if protocol == "base2novel" and "novel" not in tests:
-        halves = base_and_novel(put_right(dataset, train.classes, upstream_labels), files, owned[1], train)
-    tests = named({"the training set": train} | tests, files, labels, upstream_labels)
-    train = tests.pop("the training set")
-    if halves:
-        whole = next(iter(tests.values()))
-        if whole.classes != train.classes:
-            raise ValueError(f"{root}: base2novel needs the same classes in training and test videos")
-        train, tests = train.only(halves[0]), dict(zip(("base", "novel"), (whole.only(half) for half in halves)))
+    files = open_files(dataset, root, upstream_labels)
+    rename = partial(named, files=files, labels=labels, upstream=upstream_labels)
+    if dataset == "folder":
+        check_lists(protocol, files, train_list, test_list)
+    listing = find_listing(files)
+    base_train, half_tests = None, {}
+    if protocol == "base2novel" and not (train_list or test_list or base):
+        base_train, half_tests = published_halves(files, shots, seed, listing)
+    if base_train is None or not half_tests:
+        if dataset == "folder" and not train_list and not files.has_folders("train"):
+            train, tests = split_folder(root, shots, seed)
+        else:
+            train, tests = whole_sets(protocol, files, listing, shots, train_list, test_list,
+                                      labels)
+        if protocol == "base2novel" and not {"base", "novel"} <= tests.keys():
+            train, tests = base_to_novel(files, listing, train, tests, base, rename)
+        else:
+            train, tests = rename(train), {name: rename(videos) for name, videos in tests.items()}
+    if base_train:
+        train = rename(base_train, half="base")
+    if half_tests:
+        tests = {half: rename(videos, half=half) for half, videos in half_tests.items()}
     if protocol in FEW_SHOT and not train_list:
         train = draw_shots(train, shots, seed)
     return train, tests
+
+
+def validation_set(tests):
+    """The name of the set on which the best epoch is chosen: one's own val, else the first test."""
+    return "val" if "val" in tests else next(iter(tests))
 
 
 # ---- processes -----------------------------------------------------------------------------------

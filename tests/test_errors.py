@@ -73,7 +73,7 @@ def things(world, tmp_path_factory):
     (folder / "packed").mkdir()
     (folder / "packed" / "hmdb51_org.rar").write_bytes(b"Rar!")
     video = data.videos_below(world / "base")[0]
-    for root, names in (("one each/", "ab"), ("long/train/", "ab"), ("long/test/", ["a", "very " * 20 + "long"])):
+    for root, names in (("one each/", "ab"), *((f"long/{part}/", ["a", "very " * 20 + "long"]) for part in ("train", "test"))):
         for name in names:
             (folder / root / name).mkdir(parents=True)
             shutil.copy(video, folder / root / name / "v.mp4")
@@ -200,8 +200,8 @@ EVAL = [
     ("{z} --picture a.xyz", "must end in .png"), ("{z} --picture {t}/folder", "--picture"),
     ("{z} --json {t}/folder", "--json"), ("{z} --json nowhere/a.json", "nowhere/a.json"),
     ("{z} --picture nowhere/a.png", "nowhere/a.png"), ("--check", "expected one argument"),
-    ("--check=", "--check is empty"), ("--check nowhere", "nowhere: no videos"),
-    ("--check {t}/text", "/text: no videos"), ("--check {w} --json a.json", "--json means nothing to --check"),
+    ("--check=", "--check is empty"), ("--check nowhere", "nowhere: No such file"),
+    ("--check {t}/text", "/text: Not a directory"), ("--check {w} --json a.json", "--json means nothing to --check"),
     ("--video x.mp4", "--video needs --classes"), ("--video x.mp4 --classes ,", "--classes ','"),
     ("--video x.mp4 --classes a", "x.mp4: no such video"),
     ("--video {t}/folder --classes a", "or a folder without any"), ("--video {v} x.mp4 --classes a", "x.mp4"),
@@ -211,7 +211,7 @@ EVAL = [
     ("--video {v} --classes {t}/folder", "/folder: expected"),
     ("--video {v} --classes {t}/binary", "/binary: expected"), ("--video {v} --classes {t}/empty", "one per line"),
     ("--video {v} --classes {t}/broken.json", "broken.json: expected"),
-    ("--video {v} --classes {t}/unnamed.csv", "id 1 has no name"), ("--video {v} --classes {t}/twice.csv", "or several: 'a'"),
+    ("--video {v} --classes {t}/unnamed.csv", "id 1 has no name"), ("--video {v} --classes {t}/twice.csv", "or its name b is there twice"),
     ("--video {v} --classes {t}/number.json", "number.json: expected"),
     ("--video {v} --classes a --data d", "--data means"),
     ("--video {v} --classes a --workers 3", "--workers means nothing to --video"),

@@ -62,19 +62,19 @@ def test_labels_files(tmp_path):
 def test_lists_are_split_at_the_last_space_and_videos_found_anywhere(tmp_path):
     touch(tmp_path, "videos/riding a bike/clip 1.mp4", "walk/w[1] & (2).avi")
     (tmp_path / "list.txt").write_text("videos/riding a bike/clip 1.mp4 1\r\nw[1] & (2).avi 0\r\n\r\ngone.avi 1\r\n")
-    videos = data.read_list(tmp_path / "list.txt", data.Files("folder", tmp_path), (["walk", "riding a bike"], {}), "")
+    videos = data.read_list(tmp_path / "list.txt", data.Files(tmp_path), data.Listing(["walk", "riding a bike"], {}), "")
     assert [Path(p).is_file() for p in videos.paths] == [True, True, False] and videos.labels == (1, 0, 1)
     for line in ("clip.mp4", "clip.mp4 2", "clip.mp4 -1", "clip.mp4 one"):
         (tmp_path / "wrong.txt").write_text(line + "\n")
         with pytest.raises(ValueError, match="wrong.txt, line 1.*below 2"):
-            data.read_list(tmp_path / "wrong.txt", data.Files("folder", tmp_path), (["a", "b"], {}), "")
-    touch(tmp_path, "run/001.mp4")  # another class's video of the same name is not the one that is listed
-    (tmp_path / "same.txt").write_text("jump/001.mp4 0\nrun/001.mp4 1\n")
-    videos = data.read_list(tmp_path / "same.txt", data.Files("folder", tmp_path), (["jump", "run"], {}), "")
-    assert [Path(p).is_file() for p in videos.paths] == [False, True]
+            data.read_list(tmp_path / "wrong.txt", data.Files(tmp_path), data.Listing(["a", "b"], {}), "")
+    touch(tmp_path, "run/001.mp4", "jump/002.mp4")  # another class's video of the same name is not the one that is listed
+    (tmp_path / "same.txt").write_text("jump/001.mp4 0\nrun/001.mp4 1\njump/002.mp4 0\n")
+    videos = data.read_list(tmp_path / "same.txt", data.Files(tmp_path), data.Listing(["jump", "run"], {}), "")
+    assert [Path(p).is_file() for p in videos.paths] == [False, True, True]
     (tmp_path / "none.txt").write_text("gone.avi 0\n")
     with pytest.raises(ValueError, match="none of its 1 videos"):
-        data.read_list(tmp_path / "none.txt", data.Files("folder", tmp_path), (["a"], {}), "")
+        data.read_list(tmp_path / "none.txt", data.Files(tmp_path), data.Listing(["a"], {}), "")
 
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=7), st.integers(1, 6), st.integers(0, 99))
@@ -89,7 +89,7 @@ def test_few_shot_draws_and_halves(sizes, shots, seed):
         drawn = data.draw_shots(videos, shots, seed)
         assert np.bincount(drawn.labels).tolist() == [shots] * len(sizes) and len(set(drawn.paths)) == len(drawn.paths)
         assert drawn == data.draw_shots(videos, shots, seed)
-    base, novel = data.base_and_novel(videos.classes, data.Files("folder", "absent"), {}, videos)
+    base, novel = data.base_and_novel(data.Files(Path(__file__).parent / "figures"), None, videos.classes, train=videos)
     assert sorted(base + novel) == list(range(len(sizes))) and 0 <= len(base) - len(novel) <= 1
     assert min(sizes[c] for c in base) >= max(sizes[c] for c in novel)
     half = videos.only(novel)
@@ -106,7 +106,7 @@ def published(root, dataset):
         pytest.skip("the published lists (../shared/lists) are not here")
     lists = SHARED / "lists" / "published"
     (root / "lists").mkdir(parents=True)
-    for path in [*(lists / dataset).iterdir(), *(lists / "labels").iterdir()]:
+    for path in [*(lists / dataset).iterdir(), *(lists / "labels").glob("*.*")]:
         shutil.copy(path, root / "lists" / path.name)
     (root / "videos").mkdir()
     for path in (lists / dataset).iterdir():
@@ -125,7 +125,8 @@ def test_the_published_lists(tmp_path, dataset, classes, tests):
         assert np.bincount(train.labels).tolist() == [shots] * classes and list(few) == ["split1"]
     assert all(Path(path).is_file() for path in train.paths)
     half, halves = data.load_protocol("base2novel", dataset, root, 16, 0)
-    published_names = data.read_labels(root / "lists" / f"{LABELS[dataset]}_base_labels.csv")
+    names = data.read_labels(root / "lists" / f"{LABELS[dataset]}_base_labels.csv")
+    published_names = data.put_right(names, data.KNOWN[dataset])
     assert half.classes == halves["base"].classes == published_names
     assert not {*half.classes} & {*halves["novel"].classes}
     assert len(halves["base"].paths) + len(halves["novel"].paths) == tests[0]
@@ -222,7 +223,7 @@ def test_the_owners_lists_agree_with_the_published(owners, dataset, trained, siz
     train, halves = data.load_protocol("base2novel", dataset, owners / dataset, 16, 0)
     for half, videos in halves.items():
         names = data.read_labels(LISTS / "published" / "labels" / f"{LABELS[dataset]}_{half}_labels.csv")
-        assert videos.classes == data.put_right(dataset, names) and (half == "novel" or train.classes == videos.classes)
+        assert videos.classes == data.put_right(names, data.KNOWN[dataset]) and (half == "novel" or train.classes == videos.classes)
         assert as_named(videos) == {name: label for name, label in as_named(tests["split1"]).items() if label in names}
 
 
@@ -340,7 +341,7 @@ def test_k600_is_tested_on_the_published_lists(tmp_path):
     assert not set.intersection(*({*videos.classes} for videos in tests.values()))
     parts = {Path(path).relative_to(tmp_path).parts[0] for path in tests["split1"].paths}
     assert parts == {"train", "val", "test"}
-    with pytest.raises(ValueError, match="3 classes"):  # one file of other names cannot fit three lists of classes
+    with pytest.raises(ValueError, match="three lists"):  # one file of other names cannot fit three lists of classes
         data.load_tests("k600", tmp_path, labels=tmp_path / "lists" / "ZS_split1_K600.csv")
     (tmp_path / "lists" / "ZS_split2_K600.csv").unlink()
     with pytest.raises(ValueError, match=f"{tmp_path}/ZS_split2_K600.csv is missing"):
