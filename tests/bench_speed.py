@@ -2,16 +2,21 @@
 
     python tests/bench_speed.py --clip ViT-B/16
     python tests/bench_speed.py --train --frames 8 --batch 1 --num-classes 51 --repeats 3
+    python tests/bench_speed.py --published --batch 1 --repeats 3
 
-The weights are random unless --clip names a file. Every row is compared with frame pooling.
+The weights are random unless --clip names a file. Every row is compared with frame pooling. With
+--published there is one more row: TC-CLIP as the published code computes it, the text tower once per
+video and every row of every block (tests/plain.py).
 """
 
 import multiprocessing
 import re
+import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,51 +26,96 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+import plain  # noqa: E402
+
 import data  # noqa: E402
 from clip_vit import CLIP, load_clip  # noqa: E402
 from eval import Parser, autocast, build_model, check_flags, run_command  # noqa: E402
 
-ARCHITECTURES = {  # what CLIP(...) needs, for random weights: no download; see clip_vit.sizes_of
-    name: dict(resolution=side, patch=patch, vision_width=width, vision_layers=layers, text_width=text, text_layers=12,
-               embed=text, text_length=77, vocabulary=514)
-    for name, side, patch, width, layers, text in (
-        ("ViT-B/32", 224, 32, 768, 12, 512), ("ViT-B/16", 224, 16, 768, 12, 512), ("ViT-L/14", 224, 14, 1024, 24, 768),
-        ("ViT-L/14@336px", 336, 14, 1024, 24, 768))}
-VARIANTS = {"frame pooling": ("vifi", {}), "TC-CLIP": ("tc", {}), "ILA": ("ila", {}),
-            "TC-CLIP, lightweight": ("tc", {"reference_blocks": ()})}  # the last third; see benchmark_model
-PAPER_COSTS = {  # [paper] (variant, backbone, frames): G multiply-adds per video, with one class of text
+
+def architecture(resolution, patch, vision_width, vision_layers, text_width):
+    """What CLIP(...) takes, for random weights and the vocabulary of bytes: no download."""
+    return {"resolution": resolution, "patch": patch, "vision_width": vision_width,
+            "vision_layers": vision_layers, "text_width": text_width, "text_layers": 12,
+            "embed": text_width, "text_length": 77, "vocabulary": 514}
+
+
+ARCHITECTURES = {"ViT-B/32": architecture(224, 32, 768, 12, 512),
+                 "ViT-B/16": architecture(224, 16, 768, 12, 512),
+                 "ViT-L/14": architecture(224, 14, 1024, 24, 768),
+                 "ViT-L/14@336px": architecture(336, 14, 1024, 24, 768)}
+
+
+class Variant(NamedTuple):
+    """A row of the table: a method with settings of its own."""
+
+    method: str
+    light: bool = False  # only the last third of the blocks looks at the context
+    published: bool = False  # computed by tests/plain.py
+
+
+VARIANTS = {"frame pooling": Variant("vifi"), "TC-CLIP": Variant("tc"), "ILA": Variant("ila"),
+            "TC-CLIP, lightweight": Variant("tc", light=True),
+            "TC-CLIP as published": Variant("tc", published=True)}
+PAPER_COSTS = {  # [paper] (variant, backbone, frames): G multiply-adds per video with one class of text
     ("frame pooling", "ViT-B/16", 16): 285, ("TC-CLIP", "ViT-B/16", 16): 304,
-    ("TC-CLIP, lightweight", "ViT-B/16", 16): 291, ("ILA", "ViT-B/32", 8): 40, ("ILA", "ViT-B/32", 16): 75,
-    ("ILA", "ViT-B/16", 8): 149, ("ILA", "ViT-B/16", 16): 295, ("ILA", "ViT-L/14", 8): 673,
-    ("ILA", "ViT-L/14@336px", 16): 3130}
+    ("TC-CLIP, lightweight", "ViT-B/16", 16): 291, ("ILA", "ViT-B/32", 8): 40,
+    ("ILA", "ViT-B/32", 16): 75, ("ILA", "ViT-B/16", 8): 149, ("ILA", "ViT-B/16", 16): 295,
+    ("ILA", "ViT-L/14", 8): 673, ("ILA", "ViT-L/14@336px", 16): 3130}
+
+
+class Published(nn.Module):
+    """TC-CLIP with the forward pass of tests/plain.py, in which nothing is shared between videos."""
+
+    def __init__(self, model, names):
+        super().__init__()
+        self.model = model
+        self.clip = model.clip
+        self.register_buffer("tokens", plain.prompts(model, names))
+
+    def forward(self, video):
+        return plain.logits(self.model, video, self.tokens), video.new_zeros(())
+
+
+def random_clip(name):
+    """A CLIP of the named architecture with random weights."""
+    clip = CLIP(**ARCHITECTURES[name])
+    for key, parameter in clip.named_parameters():
+        if parameter.dim() != 1 or "embedding" in key:
+            nn.init.normal_(parameter, std=0.02)
+    return clip
 
 
 def benchmark_model(variant, args, device):
-    """A method around random weights of the architecture, with 14-token prompts, Kinetics' longest, for its classes."""
-    method, settings = VARIANTS[variant]
+    """A variant's model on the device, with classes whose prompts have 14 tokens, Kinetics' longest."""
+    variant = VARIANTS[variant]
     torch.manual_seed(0)
-    if args.clip not in ARCHITECTURES:
-        clip = load_clip(args.clip, args.merges)
-    else:
-        clip = CLIP(**ARCHITECTURES[args.clip])
-        for name, p in clip.named_parameters():
-            if p.dim() != 1 or "embedding" in name:
-                nn.init.normal_(p, std=0.02)
-    settings = settings | ({} if method == "ila" else {"prompt": "a pic"})
-    if "reference_blocks" in settings:
-        settings["reference_blocks"] = tuple(range(-(len(clip.visual.transformer.resblocks) // 3), 0))
-    model = build_model({"method": method, "frames": args.frames, "model": settings}, clip).to(device)
-    model.set_classes([f"{i:07d}" for i in range(args.num_classes)])  # bytes: start + 4 + 7 + "." + end = 14
-    return model
+    known = args.clip in ARCHITECTURES
+    clip = random_clip(args.clip) if known else load_clip(args.clip, args.merges)
+    settings = {} if variant.method == "ila" else {"prompt": "a pic"}
+    if variant.light:
+        layers = len(clip.visual.transformer.resblocks)
+        settings["reference_blocks"] = tuple(range(-(layers // 3), 0))
+    recipe = {"method": variant.method, "frames": args.frames, "model": settings}
+    model = build_model(recipe, clip)
+    names = [f"{i:07d}" for i in range(args.num_classes)]  # start, 4 bytes, 7 digits, ".", end: 14
+    model.set_classes(names)
+    if variant.published:
+        model = Published(model, names)
+    return model.to(device)
 
 
 def count_multiply_adds(model, video):
-    """(per video, once per class set) in G: half the FLOPs of a forward pass. The math kernel, as the fused one hides."""
+    """(per video, once per class set) in G: half the FLOPs of a forward pass.
+
+    The math kernel of attention, since the counter does not see into the fused one.
+    """
     counts = []
     model.eval()
-    for _ in range(2):  # the first forward also computes what is the same for all videos
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    for _ in range(2):  # only the first forward computes what is the same for all videos
+        counter = FlopCounterMode(display=False)
+        with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             model(video[:1])
         counts.append(counter.get_total_flops() / 2e9)
     return counts[1], counts[0] - counts[1]
@@ -74,84 +124,122 @@ def count_multiply_adds(model, video):
 def one_pass(model, video, args):
     """Seconds of a forward pass or, with --train, of a training step without the optimiser's part."""
     began = time.perf_counter()
+    model.train(args.train)
     with torch.set_grad_enabled(args.train), autocast(video.device, args.precision):
-        logits, aux = model.train(args.train)(video) if args.train else model(video)
-        if args.train:
-            (F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64)) + aux).backward()
+        logits, aux = model(video)
+    if args.train:
+        labels = torch.zeros(len(video), dtype=torch.int64, device=video.device)
+        (F.cross_entropy(logits.float(), labels) + aux).backward()
     model.zero_grad()
     if video.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
+def random_video(model, args, device):
+    """A batch of noise, (B,T,3,R,R)."""
+    side = model.clip.visual.resolution
+    return torch.randn(args.batch, args.frames, 3, side, side, device=device)
+
+
 def peak_memory(variant, args):
     """The highest memory of one pass, in GB; to be run in a process of its own."""
     device = data.start_processes(args.device)
     model = benchmark_model(variant, args, device)
-    side = model.clip.visual.resolution
-    one_pass(model, torch.randn(args.batch, args.frames, 3, side, side, device=device), args)
+    one_pass(model, random_video(model, args, device), args)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    # Linux's high-water mark of this process; ru_maxrss would start at its parent's
-    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
+    if sys.platform == "linux":  # there ru_maxrss would start at the parent's
+        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / 1e9
 
 
 def memory_of(variant, args):
+    """peak_memory in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
         try:
             return child.submit(peak_memory, variant, args).result()
-        except RuntimeError as error:  # it was killed, or says itself that memory is out
-            raise ValueError(f"{variant}: measuring its memory failed; if it was too little, lower --batch") from error
+        except RuntimeError as error:  # the process was killed, or says that memory is out
+            raise ValueError(f"{variant}: measuring its memory failed; if there was too little, "
+                             "lower --batch") from error
+
+
+def parameters(model):
+    """Millions of parameters, all and those that train; the token embedding is not counted [paper]."""
+    counted = [p for name, p in model.named_parameters() if "token_embedding" not in name]
+    trained = [p for p in counted if p.requires_grad]
+    return sum(p.numel() for p in counted) / 1e6, sum(p.numel() for p in trained) / 1e6
+
+
+def print_head(args, device):
+    processor = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name()
+    kind = "training step" if args.train else "forward"
+    print(f"{args.clip}, {kind}, {args.frames} frames, batch {args.batch}, {args.num_classes} "
+          f"classes, {args.precision}, {processor}; medians of {args.repeats} (smallest to largest "
+          "ratio)")
+    print(f"{'':22}{'parameters':>11}{'trained':>9}{'G per video':>13}{'paper G':>9}"
+          f"{'G per class set':>17}{'videos/s':>10}{'time ratio':>20}{'peak GB':>9}{'ratio':>7}")
+
+
+def time_all(models, video, args):
+    """{variant: seconds of each pass}, the variants in turn; the first pass is a warm-up."""
+    seconds = {name: [] for name in models}
+    title = "training steps" if args.train else "forward passes"
+    for _ in tqdm(range(args.repeats + 1), desc=title):
+        for name, model in models.items():
+            seconds[name].append(one_pass(model, video, args))
+    return {name: np.array(taken[1:]) for name, taken in seconds.items()}
 
 
 def main(args):
-    """The methods side by side in one run: parameters, multiply-adds, time and memory, each against frame pooling."""
+    """Prints parameters, multiply-adds, time and memory of each variant, against frame pooling."""
     device = data.start_processes(args.device)
-    models = {variant: benchmark_model(variant, args, device) for variant in VARIANTS}
-    base, side = "frame pooling", models["frame pooling"].clip.visual.resolution
-    video, seconds = torch.randn(args.batch, args.frames, 3, side, side, device=device), {name: [] for name in models}
+    names = [name for name, variant in VARIANTS.items() if args.published or not variant.published]
+    models = {name: benchmark_model(name, args, device) for name in names}
+    video = random_video(models["frame pooling"], args, device)
     costs = {name: count_multiply_adds(model, video) for name, model in models.items()}
-    for repeat in tqdm(range(args.repeats + 1), desc="training steps" if args.train else "forward passes"):
-        for name, model in models.items():
-            seconds[name].append(one_pass(model, video, args))
-    seconds = {name: np.array(taken[1:]) for name, taken in seconds.items()}  # the first is a warm-up
+    seconds = time_all(models, video, args)
     memory = {name: memory_of(name, args) for name in models}
-    processor = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.clip}, {'training step' if args.train else 'forward'}, {args.frames} frames, batch {args.batch}, "
-          f"{args.num_classes} classes, {args.precision}, {processor}; medians of {args.repeats} "
-          "(smallest to largest ratio)")
-    print(f"{'':22}{'parameters':>11}{'trained':>9}{'G per video':>13}{'paper G':>9}{'G per class set':>17}"
-          f"{'videos/s':>10}{'time ratio':>20}{'peak GB':>9}{'ratio':>7}")
+    print_head(args, device)
     for name, model in models.items():
-        ratios = seconds[name] / seconds[base]
-        count, trained = (sum(p.numel() for key, p in model.named_parameters() if "token_embedding" not in key
-                              and (p.requires_grad or every)) / 1e6 for every in (True, False))
-        print(f"{name:22}{count:9.1f} M{trained:7.1f} M{costs[name][0]:13.1f}"
-              f"{PAPER_COSTS.get((name, args.clip, args.frames), ''):>9}{costs[name][1]:17.1f}"
-              f"{args.batch / np.median(seconds[name]):10.2f}"
-              f"{np.median(ratios):8.3f} ({ratios.min():.2f}-{ratios.max():.2f})"
-              f"{memory[name]:9.2f}{memory[name] / memory[base]:7.2f}")
-    print("G: multiply-adds. The paper's include one class of text, and rows that are not computed here.")
+        count, trained = parameters(model)
+        per_video, per_class_set = costs[name]
+        paper = PAPER_COSTS.get((name, args.clip, args.frames), "")
+        ratios = seconds[name] / seconds["frame pooling"]
+        spread = f"({ratios.min():.2f}-{ratios.max():.2f})"
+        print(f"{name:22}{count:9.1f} M{trained:7.1f} M{per_video:13.1f}{paper:>9}"
+              f"{per_class_set:17.1f}{args.batch / np.median(seconds[name]):10.2f}"
+              f"{np.median(ratios):8.3f} {spread}{memory[name]:9.2f}"
+              f"{memory[name] / memory['frame pooling']:7.2f}")
+    print("G: multiply-adds. The paper's include one class of text, and rows that are not computed "
+          "here.")
     return 0
 
 
 def parse_args(arguments=None):
     parser = Parser(prog="bench_speed.py", description=__doc__)
     flag = parser.add_argument
-    flag("--clip", metavar="NAME", default="ViT-B/16", help="OpenAI's name, for random weights of its sizes, or a file; "
-         "default %(default)s")
+    flag("--clip", metavar="NAME", default="ViT-B/16",
+         help="OpenAI's name, for random weights of its sizes, or a file; default %(default)s")
     flag("--merges", metavar="FILE", help="CLIP's BPE merges; default: the cache folder's")
     flag("--frames", type=int, default=16, help="per video; default %(default)s")
     flag("--batch", type=int, default=2, help="videos per pass; default %(default)s")
     flag("--num-classes", type=int, default=400, help="default %(default)s")
     flag("--repeats", type=int, default=5, help="passes per median; default %(default)s")
     flag("--train", action="store_true", help="time training steps; default: forward passes")
-    flag("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default %(default)s")
+    flag("--published", action="store_true",
+         help="also TC-CLIP as the published code computes it; default: not")
+    flag("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
+         help="default %(default)s")
     flag("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     args = check_flags(parser, parser.parse_args(arguments))
     for name in ("frames", "batch", "num_classes", "repeats"):
         if not 1 <= getattr(args, name) <= 10**6:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between 1 and 1000000")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between 1 and "
+                         "1000000")
     return args
 
 
