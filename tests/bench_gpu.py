@@ -105,7 +105,7 @@ def exactness(device):
 def full_model(method, args, classes, device):
     """A method around a random CLIP of full size (tiny in a dry run), with 14-token prompts."""
     torch.manual_seed(0)
-    clip = tiny_clip(text_length=77) if args.tiny else random_clip("ViT-B/16")
+    clip = tiny_clip(context=77) if args.tiny else random_clip("ViT-B/16")
     settings = {} if method == "ila" else {"prompt": "a pic"}
     model = build_model({"method": method, "frames": args.frames, "model": settings}, clip)
     model.set_classes([f"{i:07d}" for i in range(classes)])
