@@ -16,24 +16,26 @@ D width, E joint width, H heads of width d, C classes, L text length, R image si
 
 import contextlib
 import gzip
-import hashlib
 import html
 import html.entities
 import http.client
-import io
+import json
 import math
 import os
-import pickle
+import pickletools
 import re
+import socket
+import struct
+import time
 import unicodedata
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -569,7 +571,7 @@ def vision_only(state, activation=None, head_width=None):
         tower = VisionOnly(VisionTransformer(
             sizes["resolution"], sizes["patch"], width, embed, blocks,
             patch_bias="visual.conv1.bias" in state, pre_norm=from_clip, eps=eps))
-    tower.load_state_dict(state, assign=True)
+    load_strictly(tower, state)
     return tower
 
 
@@ -757,195 +759,722 @@ class FramePool(nn.Module):
         return logits, logits.new_zeros(())
 
 
-# ---- weights from disk, nothing of which is ever executed ------------------------------------------------------------
+# ---- weights from disk ---------------------------------------------------------------------------
+# Nothing that is read here is ever executed: PickleReader imports nothing and calls nothing. What
+# a file claims about itself is bounded by its size. A format is a row of FORMATS.
 
-class Foreign(type):
-    """Metaclass of the classes that stand in for unknown ones: instances are inert, and calling one is refused.
+TORCH_TYPES = {
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16,
+    "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32, "Short": torch.int16,
+    "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}
+SAFETENSORS_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool}
+MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before version 1.6
+MOST_PICKLE = 2**23  # bytes of a pickle, tensors apart; released checkpoints have under 2**19
+MOST_UNPACKED = 2  # bytes of an archive's records per byte of the file; torch does not compress
+MOST_SHARED = 4  # bytes of all tensors per byte of the file; some share their storage
+MOST_NAMES = 100_000  # of tensors in a file; the largest released one has 1715
+MOST_DEPTH = 30  # modules inside modules
+MOST_LAYERS = 200  # blocks of a tower; the largest CLIP has 48
+DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, RuntimeError,
+          TypeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error)  # raised by readers
 
-    A pickle rebuilds an *object* with cls.__new__, which is harmless here, but *calls* a function through
-    type.__call__: that is what a hostile file needs, so it ends here.
+# What PickleReader pushes on its stack, by the opcode's name.
+LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE",
+            "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING", "BINBYTES",
+            "SHORT_BINBYTES", "BINBYTES8"}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+CONTAINERS = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
+KEYS = (str, int, float, bytes, type(None))  # a dict's keys; others could nest without end
+# What the calls in a pickle stand for, by the function's name.
+EMPTY_DICTS = {"collections.OrderedDict", "collections.defaultdict"}
+TENSORS = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"}
+FIRST_ARGUMENT = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state",
+                  "torch.Size", "builtins.set", "builtins.frozenset", "__builtin__.set",
+                  "__builtin__.frozenset"}
+ATTACKS = ("os", "posix", "nt", "subprocess", "sys", "shutil", "runpy", "importlib", "socket",
+           "pty", "ctypes", "webbrowser", "commands", "pickle", "builtins.eval", "builtins.exec",
+           "builtins.open", "builtins.__import__", "builtins.compile", "__builtin__.eval",
+           "__builtin__.exec", "__builtin__.open", "__builtin__.__import__", "__builtin__.compile",
+           "__builtin__.execfile")
+
+
+class Foreign:
+    """Stands for a class, an object of it, or the result of a call that a pickle names. Inert."""
+
+    def __init__(self, name):
+        self.name, self.state = name, None
+
+
+class PickleReader:
+    """Interprets a pickle, one opcode after the other. It imports nothing and calls nothing.
+
+    Numbers, text, tuples, lists, dicts and tensors come out as they are, sets as lists, everything
+    else as a Foreign. `storage` turns a persistent id into a flat tensor.
     """
 
-    def __call__(cls, *args, **kwargs):
-        raise pickle.UnpicklingError(f"calls {cls.__name__}")
+    def __init__(self, storage=None):
+        self.storage = storage
+        self.stack, self.marks, self.memo = [], [], {}
+
+    def read(self, source):
+        """The object in a pickle: bytes, or a file, which is read up to the pickle's end."""
+        for opcode, argument, position in pickletools.genops(source):
+            if position > MOST_PICKLE:
+                raise ValueError(f"its pickle has more than {MOST_PICKLE} bytes")
+            if opcode.name in LITERALS:
+                self.stack.append(argument)
+            elif opcode.name in CONSTANTS:
+                self.stack.append(CONSTANTS[opcode.name])
+            elif opcode.name in CONTAINERS:
+                self.stack.append(CONTAINERS[opcode.name]())
+            else:
+                self.step(opcode.name, argument)
+        return self.stack.pop()
+
+    def step(self, opcode, argument):
+        """An opcode that does more than push."""
+        match opcode:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MARK":
+                self.marks.append(len(self.stack))
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self.stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = self.stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                self.stack.append(self.memo[argument])
+            case "TUPLE" | "FROZENSET":
+                self.stack.append(tuple(self.above_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                self.stack.append(tuple(self.take(int(opcode[-1]))))
+            case "APPEND" | "SETITEM":
+                self.fill(self.take(1 if opcode == "APPEND" else 2))
+            case "APPENDS" | "SETITEMS" | "ADDITEMS":
+                self.fill(self.above_mark())
+            case "GLOBAL":
+                self.stack.append(Foreign(argument.replace(" ", ".")))
+            case "STACK_GLOBAL":
+                self.stack.append(Foreign(".".join(self.take(2))))
+            case "NEWOBJ" | "REDUCE":
+                function, arguments = self.take(2)
+                self.stack.append(call(function.name, arguments))
+            case "BUILD":
+                self.set_state(*self.take(1))
+            case "BINPERSID":
+                self.stack.append(self.storage(*self.take(1)))
+            case _:
+                raise ValueError(f"its pickle has the opcode {opcode}")
+
+    def take(self, count):
+        """Removes the last `count` objects from the stack and returns them."""
+        taken = self.stack[-count:]
+        del self.stack[-count:]
+        return taken
+
+    def above_mark(self):
+        """The same for all objects above the last mark."""
+        mark = self.marks.pop()
+        taken = self.stack[mark:]
+        del self.stack[mark:]
+        return taken
+
+    def fill(self, values):
+        """Puts values into the container on top of the stack; a Foreign stays empty."""
+        container = self.stack[-1]
+        if isinstance(container, list):
+            container += values
+        elif isinstance(container, dict):
+            for key, value in zip(values[::2], values[1::2]):
+                if isinstance(key, KEYS):
+                    container[key] = value
+
+    def set_state(self, state):
+        """Keeps the attributes of a Foreign on top of the stack; those of a dict are dropped."""
+        if isinstance(self.stack[-1], Foreign):
+            self.stack[-1].state = state
 
 
-INERT = {  # what a pickle does to an object once it is there: set its state, fill it as a dict or a list
-    "__setstate__": lambda self, state: setattr(self, "state", state),
-    "__setitem__": lambda self, key, value: None, "append": lambda self, value: None}
+def call(function, arguments):
+    """What a function's call stands for; a Foreign if the function is not known here.
 
-
-class WeightsUnpickler(pickle.Unpickler):
-    """Reads tensors and plain containers out of a zip archive of torch.save or torch.jit.save; imports nothing.
-
-    Other classes (an old config object, TorchScript's modules) become inert stand-ins with their attributes.
+    Raises ValueError if it would run a command: only a hostile pickle asks for that.
     """
-
-    def __init__(self, archive):
-        names = archive.namelist()
-        self.archive, self.top = archive, next(n for n in names if n.endswith("/data.pkl"))[:-len("data.pkl")]
-        super().__init__(io.BytesIO(archive.read(self.top + "data.pkl")))
-
-    def find_class(self, module, name):
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, *_: data
-        if module == "torch" and name.endswith("Storage"):
-            return {"Half": torch.float16, "BFloat16": torch.bfloat16, "Float": torch.float32, "Double": torch.float64,
-                    "Byte": torch.uint8, "Char": torch.int8, "Short": torch.int16, "Int": torch.int32,
-                    "Long": torch.int64, "Bool": torch.bool}[name[:-len("Storage")]]
-        if module == "collections" and name in ("OrderedDict", "defaultdict"):
-            return lambda *args: OrderedDict()
-        if module == "torch.jit._pickle":  # build_intlist and the like: lists of numbers, restored as they are
-            return lambda value, *_: value
-        stand_in = Foreign(f"{module}.{name}", (), dict(INERT))
-        if module.startswith(("numpy", "_codecs")):  # a numpy number beside the weights: its parts are calls, made inert
-            return lambda *args: stand_in.__new__(stand_in)
-        return stand_in
-
-    def persistent_load(self, pid):
-        _, dtype, key, _, _ = pid
-        data = bytearray(self.archive.read(f"{self.top}data/{key}"))
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    if function in EMPTY_DICTS:
+        return {}
+    if function in TENSORS:
+        return view(*arguments[:4])
+    if function in FIRST_ARGUMENT or function.startswith("torch.jit._pickle."):
+        return arguments[0]
+    if function == "torch._tensor._rebuild_from_type_v2":  # a tensor with attributes
+        return call(arguments[0].name, arguments[2])
+    if function in ATTACKS or function.split(".")[0] in ATTACKS:
+        raise ValueError(f"it wants to run {function:.60}, which no checkpoint needs")
+    return Foreign(function)
 
 
-def module_tensors(module, prefix=""):
-    """{name: tensor} of a TorchScript module read by WeightsUnpickler: its attributes, walked by name."""
-    tensors = {}
-    for name, value in module.state.items():
-        if isinstance(value, torch.Tensor):
-            tensors[prefix + name] = value
-        elif isinstance(type(value), Foreign) and isinstance(getattr(value, "state", None), dict):
-            tensors |= module_tensors(value, f"{prefix}{name}.")
+def view(storage, offset, size, stride):
+    """A tensor that views flat storage and is no larger than it."""
+    if math.prod(size) > len(storage):
+        raise ValueError("a tensor is larger than its storage")
+    return storage.as_strided(size, stride, offset)
+
+
+def empty_bytes(count):
+    """Uninitialised memory for `count` bytes, a uint8 tensor."""
+    try:
+        return torch.empty(count, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise MemoryError(f"cannot allocate {count} bytes") from error
+
+
+def storage_type(kind):
+    """torch.FloatStorage, a Foreign -> torch.float32."""
+    name = kind.name.removeprefix("torch.").removesuffix("Storage")
+    if name not in TORCH_TYPES:
+        raise ValueError(f"tensors of {kind.name:.60} cannot be read")
+    return TORCH_TYPES[name]
+
+
+# ---- weights from disk: one reader for each kind of file
+
+def module_tensors(root):
+    """{name: tensor} of a TorchScript module read by PickleReader: its attributes by name."""
+    tensors, waiting, visited = {}, [("", root)], 0
+    while waiting:
+        prefix, module = waiting.pop()
+        visited += 1
+        if visited > MOST_NAMES or prefix.count(".") > MOST_DEPTH:
+            raise ValueError("its modules nest without end")
+        for name, value in module.state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[prefix + name] = value
+            elif isinstance(value, Foreign) and isinstance(value.state, dict):
+                waiting.append((f"{prefix}{name}.", value))
     return tensors
 
 
-def read_checkpoint(path):
-    """What a file of torch.save or torch.jit.save holds, on the CPU; a TorchScript archive gives its state_dict.
+def read_archive(archive):
+    """The object in a zip archive of torch.save or torch.jit.save; see read_checkpoint."""
+    names = archive.namelist()
+    top = next(name for name in names if name.endswith("/data.pkl")).removesuffix("data.pkl")
+    if f"{top}byteorder" in names and archive.read(f"{top}byteorder") != b"little":
+        raise ValueError("its numbers are big-endian")
+    storages = {}
 
-    torch.load(weights_only=True) reads plain files. The archives that it refuses (OpenAI's TorchScript; released
-    TC-CLIP files with a config object beside the weights) are read by WeightsUnpickler. Raises ValueError naming the file.
+    def storage(persistent_id):
+        _, kind, key, *_ = persistent_id
+        if key not in storages:
+            record = archive.read(f"{top}data/{key}")  # checks the CRC
+            numbers = empty_bytes(len(record))
+            numbers.numpy()[:] = np.frombuffer(record, np.uint8)
+            storages[key] = numbers.view(storage_type(kind))
+        return storages[key]
+
+    content = PickleReader(storage).read(archive.read(f"{top}data.pkl"))
+    if isinstance(content, Foreign) and content.name.startswith("__torch__."):
+        return {"state_dict": module_tensors(content), "clip": {"activation": "quick_gelu"}}
+    return content
+
+
+def read_legacy(file, size):
+    """The object in a file of torch.save before version 1.6: pickles, then the storages."""
+    storages = {}
+
+    def storage(persistent_id):
+        _, kind, key, _, count, *_ = persistent_id
+        if key not in storages:
+            bytes_left = size - sum(numbers.nbytes for numbers in storages.values())
+            nbytes = count * storage_type(kind).itemsize
+            if not 0 <= nbytes <= bytes_left:
+                raise ValueError("a tensor is larger than the file")
+            storages[key] = empty_bytes(nbytes).view(storage_type(kind))
+        return storages[key]
+
+    magic, _, _ = [PickleReader().read(file) for _ in range(3)]  # magic, version, machine
+    if magic != MAGIC:
+        raise ValueError("not written by torch.save")
+    content = PickleReader(storage).read(file)
+    for key in PickleReader().read(file):
+        numbers = storages[key].view(torch.uint8).numpy()
+        file.seek(8, os.SEEK_CUR)  # the number of elements once more
+        if file.readinto(numbers) != len(numbers):
+            raise EOFError("the file is cut off")
+    return content
+
+
+def read_safetensors(file, size):
+    """{name: tensor} of a .safetensors file: the header's length in 8 bytes, the header in JSON
+    {name: {dtype, shape, data_offsets}}, the numbers."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    tensors, total = {}, 0
+    for name, entry in header.items():
+        kind, (begin, end) = SAFETENSORS_TYPES[entry["dtype"]], entry["data_offsets"]
+        total += end - begin
+        fits = 0 <= begin <= end and total <= size - 8 - length
+        if not fits or end - begin != math.prod(entry["shape"]) * kind.itemsize:
+            raise ValueError(f"{name:.60} lies outside the file")
+        numbers = empty_bytes(end - begin)
+        file.seek(8 + length + begin)
+        if file.readinto(numbers.numpy()) != end - begin:
+            raise EOFError("the file is cut off")
+        tensors[name] = numbers.view(kind).reshape(entry["shape"])
+    return tensors
+
+
+def read_arrays(file):
+    """{name: tensor} of a NumPy .npz."""
+    with np.load(file, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays}
+
+
+def read_any(file):
+    """The content of an open file by the kind of file that it is."""
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(9)
+    file.seek(0)
+    if head.startswith(b"version "):
+        raise ValueError("it is a pointer of Git LFS; fetch the weights with `git lfs pull`")
+    if head[8:] == b"{":
+        return read_safetensors(file, size)
+    if not head.startswith(b"PK"):
+        return read_legacy(file, size)
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        if sum(record.file_size for record in records) > MOST_UNPACKED * size:
+            raise ValueError("its records unpack to more than the file can hold")
+        if all(record.filename.endswith(".npy") for record in records):
+            return read_arrays(file)
+        return read_archive(archive)
+
+
+def read_checkpoint(path):
+    """What a file of torch.save, torch.jit.save, safetensors or NumPy holds, on the CPU.
+
+    Only plain strided tensors; objects of unknown classes, such as a config, are inert Foreigns.
+    A TorchScript archive, as only OpenAI's CLIPs are, gives its state_dict and activation. Raises
+    ValueError that names a damaged file; what the system says about a file stays an OSError.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        try:
+            return read_any(file)
+        except MemoryError as error:
+            raise MemoryError(f"cannot allocate the memory that {path} needs") from error
+        except DAMAGE as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"{path}: refused: damaged, or no checkpoint ({reason:.120})") from error
+
+
+# ---- weights from disk: where they lie
+
+FOLDER_FILES = (  # of a folder the first that is there
+    "best.pt", "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin")
+TIMEOUT = 60  # seconds without an answer end a download
+
+
+def cache_folder():
+    """OpenAI's own cache folder, ~/.cache/clip."""
     try:
-        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-        if any(name.endswith(".npy") for name in names):  # Google's ViTs
-            with np.load(path, allow_pickle=False) as arrays:
-                return {key: torch.from_numpy(arrays[key]) for key in arrays}
-        if not any(name.endswith("/constants.pkl") or "/code/" in name for name in names):  # not TorchScript
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError:
-                if not names:
-                    raise
-        with zipfile.ZipFile(path) as archive:
-            content = WeightsUnpickler(archive).load()
-        return module_tensors(content) if isinstance(type(content), Foreign) else content
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, LookupError, TypeError, ValueError,
-            AttributeError, StopIteration, OSError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0]:.160}"
-        raise ValueError(f"{path}: refused, as it is damaged, no checkpoint, or one that needs code to be run ({reason})"
-                         ) from error
+        return Path.home() / ".cache" / "clip"
+    except RuntimeError as error:
+        raise ValueError("there is no home folder for downloads: set HOME, or give files, "
+                         "--clip FILE --merges FILE") from error
 
 
 def cached(url, sha256, folder=None):
-    """Path of a file in OpenAI's own cache folder ~/.cache/clip; downloaded, resumed and checked if it is not there."""
-    folder = Path(folder or Path.home() / ".cache" / "clip")
+    """Path of a file in the cache folder, which is downloaded and checked if it is not there.
+
+    Downloads go to a file of their own, which then takes the name: several processes do not meet.
+    Raises ValueError that says what went wrong and what to do by hand.
+    """
+    folder = Path(folder or cache_folder())
     target = folder / url.rsplit("/", 1)[-1]
     if target.is_file():
         return target
-    advice = f"download {url} by hand and put it at {target}"
-    part = target.with_name(target.name + ".part")
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            resumed = reply.status == 206
-            total = int(reply.headers["Content-Length"] or 0) + (have if resumed else 0)
-            with open(part, "ab" if resumed else "wb") as file, tqdm(
-                    desc=target.name, total=total or None, initial=have if resumed else 0, unit="B",
-                    unit_scale=True) as bar:
-                while block := reply.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-                if file.tell() < total:
-                    raise OSError(f"broken off at {file.tell()} of {total} bytes")
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: the part is complete already, and only its check is left
-            raise ValueError(f"cannot download {target.name} ({error}); {advice}") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"cannot download {target.name} ({error}); run again to resume, or {advice}") from error
-    with open(part, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        part.unlink()
-        raise ValueError(f"{url} has SHA-256 {found[:12]}..., not {sha256[:12]}...: removed; try again, or {advice}")
-    os.replace(part, target)
+        for partial in folder.glob(f"{target.name}.*.partial"):
+            if time.time() - partial.stat().st_mtime > 24 * 3600:  # of a download that was killed
+                partial.unlink(missing_ok=True)
+        torch.hub.download_url_to_file(url, str(target), hash_prefix=sha256)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        flag = "--merges" if url == MERGES_URL else "--clip"
+        raise ValueError(f"cannot download {target.name} ({error!s:.60}): get {url} by hand, then "
+                         f"give {flag} FILE or put it in {folder}") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
     return target
 
 
-def clip_weights(checkpoint):
-    """The CLIP state_dict inside a checkpoint: plain, under "model" or "state_dict", or one of ours (keys "clip.*")."""
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-    if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
-        raise ValueError(f"not a state_dict of named tensors but a {type(checkpoint).__name__}")
-    if any(key.startswith("clip.") for key in checkpoint):
-        checkpoint = {key[5:]: value for key, value in checkpoint.items() if key.startswith("clip.")}
-    facts = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's archives hold as tensors
-    return {key: value for key, value in checkpoint.items() if key not in facts}
+def find_weights(source):
+    """Path of the file that an OpenAI name, a file or a folder stands for."""
+    if str(source) in OPENAI_MODELS:
+        sha256, file = OPENAI_MODELS[str(source)]
+        return cached(OPENAI.format(sha256=sha256, file=file), sha256)
+    path = Path(source)
+    if path.is_dir():
+        for name in FOLDER_FILES:
+            if (path / name).is_file():
+                return path / name
+        raise ValueError(f"{source}: a folder without {', '.join(FOLDER_FILES)}")
+    if not path.is_file():
+        raise ValueError(f"{source}: no such file or folder, nor one of {', '.join(OPENAI_MODELS)}")
+    return path
+
+
+# ---- weights from disk: formats
+
+WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict", "module")
+PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")  # of DDP and torch.compile
+TENSOR_LIKE = (torch.Tensor, np.ndarray, np.generic)
+OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")  # beside OpenAI's weights
+OPEN_CLIP_KEYS = {  # what may stand in open_clip_config.json; the tensors tell most of it
+    "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "image_size",
+    "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout", "context_length",
+    "vocab_size", "heads"}
+HUGGING_FACE_NAMES = (  # theirs as a regular expression, ours; each key meets them in this order,
+    # the tower first, then the part of a block
+    (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
+    (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
+    (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
+    (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."),  # misspelled there
+    (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
+    (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
+    (r"^visual_projection\.weight$", "visual.proj"),
+    (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
+    (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
+    (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
+    (r"^text_model\.final_layer_norm\.", "ln_final."),
+    (r"^text_projection\.weight$", "text_projection"),
+    (r"\.self_attn\.", ".attn."), (r"\.layer_norm([12])\.", r".ln_\1."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."), (r"\.mlp\.fc2\.", ".mlp.c_proj."))
+
+
+class Weights(NamedTuple):
+    """What a file, a folder or a dict gave."""
+
+    name: str  # for messages; empty for a dict
+    content: object  # all that it holds
+    facts: dict  # what it tells beside its tensors: activation, head_width, text_head_width
+    folder: Path | None = None  # where a config may lie; None for a dict
+    limit: float = math.inf  # bytes that its tensors may have
+
+    @property
+    def state(self):
+        return state_dict_in(self.content, self.limit)
+
+
+class Format(NamedTuple):
+    """A layout of weights, known by a key that it has."""
+
+    title: str
+    mark: str  # a regular expression that finds one of its keys; the first row that does counts
+    rename: Callable | None = None  # state_dict -> the same under OpenAI's keys; None: refused
+    config: str = ""  # the JSON file beside it
+    read_config: Callable | None = None  # what that says, sizes -> facts
+
+
+def unwrap(content):
+    """The dict that a training program put its weights in; `content` itself if there is none."""
+    named = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]
+    if named:
+        return named[0]
+    inner = [value for value in content.values() if isinstance(value, dict)]
+    only = len(inner) == 1 and not any(isinstance(v, torch.Tensor) for v in content.values())
+    return inner[0] if only else content
+
+
+def state_dict_in(content, limit=math.inf):
+    """The {key: tensor} in a checkpoint, whatever a training program wrapped around it.
+
+    `limit` is the largest sum of the tensors' bytes. Raises ValueError if there is none.
+    """
+    for _ in range(MOST_DEPTH):
+        if isinstance(content, dict):
+            content = unwrap(content)
+    if isinstance(content, Foreign):
+        raise ValueError(f"it holds a whole {content.name:.60}: save its state_dict() instead")
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"not a state_dict of named tensors but a {type(content).__name__}")
+    state = {}
+    for key, value in content.items():
+        if not (isinstance(key, str) and isinstance(value, TENSOR_LIKE)):
+            kind = value.name if isinstance(value, Foreign) else type(value).__name__
+            raise ValueError(f"not a state_dict of named tensors: {key!r:.40} is a {kind:.60}")
+        if key not in OPENAI_NUMBERS:
+            state[PREFIX.sub("", key)] = value
+    if len(state) > MOST_NAMES or sum(value.nbytes for value in state.values()) > limit:
+        raise ValueError("its tensors have more numbers than the file can hold")
+    return state
+
+
+def open_weights(source):
+    """The Weights in an OpenAI name, a file, a folder or a state_dict; Weights stay as they are."""
+    if isinstance(source, Weights):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        return Weights("", source, {"activation": "quick_gelu"})
+    path = find_weights(source)
+    content = read_checkpoint(path)
+    facts = content.get("clip") if isinstance(content, dict) else None
+    known = facts if isinstance(facts, dict) else {}
+    return Weights(str(source), content, known, path.parent, MOST_SHARED * os.path.getsize(path))
+
+
+@contextlib.contextmanager
+def naming(source):
+    """A ValueError raised within it begins with the name of what could not be read."""
+    try:
+        yield
+    except ValueError as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"{source}: {message:.230}" if source else message) from error
+
+
+def from_ours(state):
+    """A checkpoint of this project -> the CLIP in it; a linear probe's has "model." in front."""
+    inner = {key.removeprefix("model."): value for key, value in state.items()}
+    return {key.removeprefix("clip."): value for key, value in inner.items()
+            if key.startswith("clip.")}
+
+
+def as_it_is(state):
+    return state
+
+
+def join_projections(state):
+    """Each attention's `q_proj`, `k_proj` and `v_proj` stacked, as `in_proj_weight`, `_bias`."""
+    joined = {}
+    for key, value in state.items():
+        if ".q_proj." in key:
+            parts = [state[key.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            joined[key.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
+        elif ".k_proj." not in key and ".v_proj." not in key:
+            joined[key] = value
+    return joined
+
+
+def from_hugging_face(state):
+    """The state_dict of a Hugging Face CLIPModel under OpenAI's keys."""
+    ours = {}
+    for key, value in state.items():
+        if key.endswith(".position_ids"):
+            continue  # 0, 1, 2, ..., as old versions saved them
+        for theirs, name in HUGGING_FACE_NAMES:
+            key = re.sub(theirs, name, key)
+        ours[key] = value.T if key in ("visual.proj", "text_projection") else value
+    return join_projections(ours)
+
+
+def read_hugging_face_config(config, sizes):
+    """What config.json tells of activation and heads. Values that it leaves out are the class's
+    own; of old files the *_config_dict count [their library does it so]."""
+    if config.get("model_type", "clip") != "clip":
+        raise ValueError(f"it is a {config['model_type']!s:.40} model; only clip can be read")
+    facts = {}
+    for tower, heads, fact, width in (("vision", 12, "head_width", "vision_width"),
+                                      ("text", 8, "text_head_width", "text_width")):
+        given = config.get(f"{tower}_config_dict") or config.get(f"{tower}_config") or {}
+        activation = given.get("hidden_act", "quick_gelu")
+        if facts.setdefault("activation", activation) != activation:
+            raise ValueError("its towers differ in hidden_act")
+        if given.get("layer_norm_eps", 1e-5) != 1e-5:
+            raise ValueError(f"its layer_norm_eps is {given['layer_norm_eps']!s:.20}, not 1e-05")
+        facts[fact] = sizes[width] // given.get("num_attention_heads", heads)
+    return facts
+
+
+def read_open_clip_config(config, sizes):
+    """What open_clip_config.json tells of activation and heads. Raises ValueError for settings
+    that make other towers than CLIP's."""
+    model = config.get("model_cfg", config)
+    facts = {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    settings = model | vision | text
+    others = [key for key, value in settings.items() if value and key not in OPEN_CLIP_KEYS]
+    if others:
+        raise ValueError(f"its towers are not CLIP's: open_clip_config.json sets "
+                         f"{', '.join(sorted(others)[:3]):.80}")
+    facts["head_width"] = vision.get("head_width", HEAD_WIDTH)
+    facts["text_head_width"] = sizes["text_width"] // text.get("heads", 8)
+    return facts
+
+
+FORMATS = (  # from the most special to CLIP's plain keys, which many others hold too
+    Format("ours", r"^(model\.)?clip\.visual\.", from_ours),
+    Format("prompted ViFi-CLIP", r"\.VPT"),
+    Format("TC-CLIP", r"^text_encoder\.prompt_generation_layer\."),
+    Format("prompted ViFi-CLIP", r"^prompt_learner\.ctx$"),
+    Format("ViFi-CLIP", r"^image_encoder\."),
+    Format("ILA", r"\.message_attn\.interactive_block\."),
+    Format("X-CLIP", r"\.message_(attn|fc)\."),
+    Format("EVL", r"^decoder\.decoder_layers\."),
+    Format("TimeSformer", r"\.temporal_attn\."),
+    Format("AIM", r"_Adapter\.D_fc"),
+    Format("FROSTER", r"^(raw_model|projector_[vt])\."),
+    Format("Open-VCLIP", r"^model\.visual\."),
+    Format("MoTE", r"expert|\bmoe"),
+    Format("ActionCLIP or BIKE", r"^fusion_model_state_dict$"),
+    Format("Text4Vis", r"^fusion_model\."),
+    Format("SigLIP", r"^logit_bias$|^vision_model\.head\.|^visual\.trunk\.attn_pool\."),
+    Format("open_clip model with other towers", r"^visual\.trunk\.|^text\.|^visual\.blocks\."),
+    Format("ResNet CLIP", r"^visual\.layer1\."),
+    Format("ViT in timm's layout", r"^patch_embed\.proj\.weight$", as_it_is),
+    Format("ViT in Google's layout", r"^embedding/kernel$", as_it_is),
+    Format("Hugging Face CLIP", r"^(text|vision)_model\.encoder\.", from_hugging_face,
+           "config.json", read_hugging_face_config),
+    Format("CLIP", "", as_it_is, "open_clip_config.json", read_open_clip_config),
+)
+VIDEO_FORMATS = ("ViFi-CLIP", "TC-CLIP", "ILA")  # those that eval.load_model reads
+
+
+def recognise(weights):
+    """The Format of Weights."""
+    keys = list(weights.state)
+    if isinstance(weights.content, dict):
+        keys += [key for key in weights.content if isinstance(key, str)]
+    for row in FORMATS:
+        if re.search(row.mark, "\n".join(keys), re.MULTILINE):
+            return row
+
+
+def refuse(row):
+    """Raises ValueError for weights of a format that has no CLIP that can be used."""
+    if row.title in VIDEO_FORMATS:
+        raise ValueError(f"it is a {row.title} checkpoint and no CLIP: give it as --checkpoint")
+    raise ValueError(f"it is a checkpoint of {row.title}, which this project does not run; it "
+                     f"reads ViT CLIPs, {', '.join(VIDEO_FORMATS)} and its own")
+
+
+def read_config(weights, row, sizes):
+    """The facts in the JSON file beside Weights; none if it is not there."""
+    path = weights.folder / row.config if weights.folder and row.config else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error!s:.60})") from error
+    try:
+        return row.read_config(config, sizes)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is not a config of {row.title} ({error!r:.60})") from error
+
+
+def known_facts(weights, row, sizes, given):
+    """Activation and head widths of both towers: as given, else as the file beside the weights or
+    they themselves tell. Raises ValueError that asks for what nothing tells."""
+    facts = {"activation": "quick_gelu"} if row.title == "ours" else {}
+    config = read_config(weights, row, sizes)
+    facts |= weights.facts | config | given
+    width = sizes["vision_width"]
+    if "activation" not in facts:
+        raise ValueError(f"no tensor tells the activation and no {row.config} lies beside: set "
+                         "activation=quick_gelu (OpenAI, DFN, MetaCLIP) or activation=gelu (LAION, "
+                         "DataComp and most others)")
+    if facts["activation"] not in ACTIVATIONS:
+        raise ValueError(f"its activation is {facts['activation']!s:.30}; only "
+                         f"{' and '.join(ACTIVATIONS)} can be run")
+    even = width == HEAD_WIDTH or width % (2 * HEAD_WIDTH) == 0  # as in all usual towers
+    if weights.folder and row.title == "CLIP" and not even and "head_width" not in facts:
+        raise ValueError(f"no tensor tells the head width of a tower {width} wide: set head_width")
+    facts["head_width"] = known_head_width(width, facts.get("head_width"))
+    for name in ("head_width", "text_head_width"):
+        if not isinstance(facts.get(name, 1), int) or facts.get(name, 1) < 1:
+            raise ValueError(f"{name} is {facts[name]!r:.20}; it must be a whole number above 0")
+    return facts
 
 
 def sizes_of(state):
-    """The arguments of CLIP(...), read off the tensors' shapes."""
-    if "visual.layer1.0.conv1.weight" in state:
-        raise ValueError("these weights are a ResNet CLIP; only the ViT models can be used: " + ", ".join(OPENAI_MODELS))
-    needed = ("visual.conv1.weight", "visual.positional_embedding", "text_projection", "positional_embedding",
-              "token_embedding.weight")
+    """The arguments of CLIP(...) that the tensors' shapes tell."""
+    needed = ("visual.conv1.weight", "visual.positional_embedding", "text_projection",
+              "positional_embedding", "token_embedding.weight",
+              "transformer.resblocks.0.mlp.c_fc.weight")
     missing = [key for key in needed if key not in state]
     if missing:
         raise ValueError(f"not CLIP weights: no {', '.join(missing)}")
-    layers = {prefix: len({key.split(".")[depth] for key in state if key.startswith(prefix)})
-              for prefix, depth in (("visual.transformer.resblocks.", 3), ("transformer.resblocks.", 2))}
-    vision_width, _, patch, _ = state["visual.conv1.weight"].shape
-    grid = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
     text_width, embed = state["text_projection"].shape
-    if vision_width % HEAD_WIDTH or text_width % HEAD_WIDTH:
-        raise ValueError(f"widths {vision_width} and {text_width} must be multiples of the head width {HEAD_WIDTH}")
-    return dict(embed=embed, resolution=grid * patch, patch=patch, vision_width=vision_width,
-                vision_layers=layers["visual.transformer.resblocks."], text_length=state["positional_embedding"].shape[0],
-                vocabulary=state["token_embedding.weight"].shape[0], text_width=text_width,
-                text_layers=layers["transformer.resblocks."])
+    prefix = "transformer.resblocks."
+    layers = len({key.split(".")[2] for key in state if key.startswith(prefix)})
+    return vision_sizes(state) | dict(
+        embed=embed, text_length=state["positional_embedding"].shape[0],
+        vocabulary=state["token_embedding.weight"].shape[0], text_width=text_width,
+        text_layers=layers, text_mlp_width=state[f"{prefix}0.mlp.c_fc.weight"].shape[0])
+
+
+def own_tensor(key, value, copy):
+    """A contiguous tensor for the model, float32 if it was float16 or bfloat16."""
+    tensor = torch.as_tensor(value).detach()
+    if tensor.numel() == 0:
+        raise ValueError(f"{key:.60} is empty")
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        return tensor.float()
+    return tensor.clone() if copy else tensor.contiguous()
+
+
+def check_fit(model, state):
+    """Raises ValueError that names the first keys of a state_dict that are missing, unknown,
+    misshapen or not finite."""
+    own = model.state_dict()
+    both = [key for key in own if key in state]
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unknown": [key for key in state if key not in own],
+        "of another shape": [key for key in both if own[key].shape != state[key].shape],
+        "not finite": [key for key in both if not state[key].isfinite().all()]}
+    found = []
+    for problem, keys in problems.items():
+        if keys:
+            more = " ..." if len(keys) > 2 else ""
+            found.append(f"{', '.join(keys[:2]):.100}{more} {problem}")
+    if found:
+        raise ValueError(f"the weights do not fit: {'; '.join(found)}")
+
+
+def load_strictly(model, state):
+    """Makes the tensors of a state_dict a model's own. Raises ValueError if they do not fit."""
+    check_fit(model, state)
+    model.load_state_dict(state, assign=True)
 
 
 def load_clip(source, merges=None, activation=None, head_width=None):
-    """CLIP from an OpenAI name, a file, or a state_dict of tensors or numpy arrays, loaded strictly; in eval mode.
+    """CLIP, or an image tower without text, loaded strictly; in eval mode.
 
-    fp16 becomes float32; float32 and float64 stay. `merges`: path of the BPE merges, where they are not in the cache
-    folder. Raises ValueError that names the file, the missing and the unknown keys.
+    `source` is an OpenAI name, a file, a folder (Hugging Face, open_clip, a run) or a state_dict of
+    tensors or arrays. float16 and bfloat16 become float32. `merges`: path of the BPE merges, if
+    not in the cache folder. `activation` (quick_gelu or gelu) and `head_width` are for files that
+    do not tell them; a dict is taken for QuickGELU. Raises ValueError that says what is wrong.
     """
-    name = ""
-    if isinstance(source, (str, os.PathLike)):
-        if str(source) in OPENAI_MODELS:
-            sha256, file = OPENAI_MODELS[str(source)]
-            source = cached(OPENAI.format(sha256=sha256, file=file), sha256)
-        elif not Path(source).is_file():
-            raise ValueError(f"{source}: neither a file nor one of {', '.join(OPENAI_MODELS)}")
-        name, source = f"{source}: ", read_checkpoint(source)
-    try:
-        state = {key: torch.as_tensor(np.asarray(value) if not torch.is_tensor(value) else value).detach().clone()
-                 for key, value in clip_weights(source).items()}
-        state = {key: value.float() if value.dtype == torch.float16 else value for key, value in state.items()}
+    weights = open_weights(source)
+    given = {"activation": activation, "head_width": head_width}
+    given = {name: value for name, value in given.items() if value}
+    with naming(weights.name):
+        row = recognise(weights)
+        if row.rename is None:
+            refuse(row)
+        try:
+            state = row.rename(weights.state)
+        except KeyError as error:
+            raise ValueError(f"not a {row.title}: no {error}") from error
+        state = {key: own_tensor(key, value, not weights.folder) for key, value in state.items()}
         if has_no_text(state):
-            return vision_only(state, activation, head_width).eval()
-        with torch.device("meta"):  # no memory, no random draws: every tensor comes from the state_dict
-            clip = CLIP(**sizes_of(state))
-        clip.load_state_dict(state, assign=True)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise ValueError(name + " ".join(str(error).split())) from error
+            clip = vision_only(state, **weights.facts | given)
+        else:
+            sizes = sizes_of(state)
+            facts = known_facts(weights, row, sizes, given)
+            with torch.device("meta"):  # no memory, no random numbers: all tensors come from state
+                clip = CLIP(**sizes, **facts)
+        load_strictly(clip, state)
     clip.merges = merges
     return clip.eval()

@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,11 +37,12 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from clip_vit import FramePool, PoolConfig, clip_weights, load_clip, read_checkpoint
+from clip_vit import FramePool, PoolConfig, check_fit, load_clip, naming, open_weights, recognise
 from ila import FLAT, SLOPE, ILA, ILAConfig, earth_movers_distance, interactive_mask
 from ila import load_released as load_released_ila
 from video_prompt import TCCLIP, TCConfig
 from video_prompt import load_released as load_released_tc
+from video_prompt import released_config as released_tc_config
 
 
 
@@ -49,26 +50,39 @@ class Method(NamedTuple):
     """A method that the scripts offer."""
 
     title: str
-    model: type  # built from a CLIP and a config, see FramePool for all that it must offer
+    model: type  # built from a CLIP and a config; FramePool shows all that it must offer
     config: type  # its settings, a frozen dataclass
 
 
-METHODS = {"tc": Method("TC-CLIP", TCCLIP, TCConfig), "ila": Method("ILA", ILA, ILAConfig),
-           "vifi": Method("frame pooling", FramePool, PoolConfig)}
-VANILLA = dict(method="vifi", frames=16, sampling="tsn", clips=2, crops=1, pixels="clip", short_side=0, clip="ViT-B/16",
-               model={})  # how vanilla CLIP sees a video, as a recipe
+METHODS = {
+    "tc": Method("TC-CLIP", TCCLIP, TCConfig),
+    "ila": Method("ILA", ILA, ILAConfig),
+    "vifi": Method("frame pooling", FramePool, PoolConfig)}
+# How vanilla CLIP sees a video, as a recipe; released video models differ in what RELEASED says.
+VANILLA = dict(method="vifi", frames=16, sampling="tsn", clips=2, crops=1, pixels="clip",
+               short_side=0, clip="ViT-B/16", model={})
+OPENAI_TOWERS = {  # (width, patch, resolution): name
+    (768, 32, 224): "ViT-B/32", (768, 16, 224): "ViT-B/16",
+    (1024, 14, 224): "ViT-L/14", (1024, 14, 336): "ViT-L/14@336px"}
+OWN_FIELDS = (*VANILLA, "merges", "probe")  # what a recipe in a checkpoint must have
+MOST = {"frames": 1024, "clips": 100, "crops": 3, "short_side": 8192}  # in a checkpoint's recipe
+MOST_SETTING = 100_000  # a number among its model's settings
+RELEASED_CLIP = r"^(visual\.|transformer\.|positional_embedding|text_projection|logit_scale|" \
+                r"token_embedding\.|ln_final\.)(?!.*\.(message_|temporal_))"  # in ILA's files
 
 
-# ---- models ----------------------------------------------------------------------------------------------------------
+# ---- models from files ---------------------------------------------------------------------------
 
 class LinearProbe(nn.Module):
-    """A linear classifier over the standardised video feature of a frozen model [paper, ILA Table 12]."""
+    """A linear classifier over the standardised video feature of a frozen model [paper, ILA
+    Table 12]."""
 
     def __init__(self, model, num_classes):
         super().__init__()
         self.model = model.requires_grad_(False)
         embed = model.clip.visual.embed
-        self.head = nn.Sequential(nn.LayerNorm(embed, elementwise_affine=False), nn.Linear(embed, num_classes))
+        self.head = nn.Sequential(
+            nn.LayerNorm(embed, elementwise_affine=False), nn.Linear(embed, num_classes))
         self.names = None
 
     @property
@@ -76,16 +90,18 @@ class LinearProbe(nn.Module):
         return self.model.clip
 
     def train(self, mode=True):
-        """As always, but the frozen model stays in eval mode: its batch norm and dropout rest."""
+        """Only the head: the frozen model stays in eval mode, its batch norm and dropout rest."""
         super().train(mode)
         self.model.eval()
         return self
 
     def set_classes(self, names):
-        if len(names) != self.head[1].out_features or self.names not in (None, [*names]):
-            raise ValueError(f"{len(names)} classes for a linear probe of {self.head[1].out_features}: it knows its "
-                             "training classes alone")
-        self.names = [*names]
+        """Checks that the names are those of the training. Raises ValueError if not."""
+        names, count = list(names), self.head[1].out_features
+        if len(names) != count or self.names not in (None, names):
+            raise ValueError(f"{len(names)} classes for a linear probe of {count}: it knows only "
+                             "the classes of its training")
+        self.names = names
 
     def forward(self, video):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the auxiliary loss 0."""
@@ -96,80 +112,197 @@ class LinearProbe(nn.Module):
 
 
 def build_model(recipe, clip):
-    """The model of a recipe (a dict) around a CLIP; recipe["model"] overrides its configuration's defaults."""
+    """The model of a recipe (a dict) around a CLIP; recipe["model"] overrides its config."""
     method = METHODS[recipe["method"]]
-    frames = {"frames": recipe["frames"]} if "frames" in method.config.__dataclass_fields__ else {}
-    return method.model(clip, method.config(**frames | recipe["model"]))
+    settings = dict(recipe["model"])
+    if "frames" in method.config.__dataclass_fields__:
+        settings = {"frames": recipe["frames"]} | settings
+    return method.model(clip, method.config(**settings))
 
 
-def load_model(path, clip="ViT-B/16", merges=None):
-    """The model in a checkpoint, and the recipe it was trained with: ours, a released TC-CLIP's or ILA's, or plain CLIP's.
+def check_recipe(recipe):
+    """Raises ValueError for a recipe in a file that this version does not know, or whose numbers
+    would take more memory than the file's tensors can be worth."""
+    missing = [name for name in OWN_FIELDS if name not in recipe]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)} in its recipe: another version of train.py "
+                         "wrote it; train anew")
+    for name, known in (("method", METHODS), ("sampling", data.SAMPLERS), ("pixels", data.MEANS)):
+        if recipe[name] not in known:
+            raise ValueError(f"its {name} {recipe[name]!r:.40} is unknown")
+    for name, most in MOST.items():
+        if type(recipe[name]) is not int or not 0 <= recipe[name] <= most:
+            raise ValueError(f"its {name} is {recipe[name]!r:.40}; it must be at most {most}")
+    known = METHODS[recipe["method"]].config.__dataclass_fields__
+    for name, value in recipe["model"].items():
+        if name not in known:
+            raise ValueError(f"its model has the setting {name!r:.40}, which this version does not")
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        if any(isinstance(n, (int, float)) and not abs(n) <= MOST_SETTING for n in numbers):
+            raise ValueError(f"its setting {name}={value!r:.40} is out of range")
 
-    A released file lacks some of CLIP, such as its token embedding: that comes from `clip`, a name or a file. Raises
-    ValueError that names the file.
+
+def usable_merges(path):
+    """A path of BPE merges that a file names, if it is an ordinary file; else None."""
+    return path if isinstance(path, str) and os.path.isfile(path) else None
+
+
+def read_own(weights, merges):
+    """A checkpoint of train.py: the model and its recipe."""
+    content = weights.content
+    missing = [key for key in ("recipe", "model", "classes") if key not in content]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)} in it: another version of train.py wrote it")
+    recipe, classes = content["recipe"], content["classes"]
+    check_recipe(recipe)
+    clip = load_clip(weights._replace(name=""), merges or usable_merges(recipe["merges"]))
+    model = build_model(recipe, clip)
+    if recipe["probe"]:
+        model = LinearProbe(model, len(classes))
+    check_fit(model, weights.state)
+    model.load_state_dict(weights.state)
+    if recipe["probe"] or recipe["model"].get("num_classes"):
+        model.set_classes(classes)  # a linear head knows no others from now on
+    return model, recipe
+
+
+def check_base(state, clip):
+    """Raises ValueError if a released video model was not tuned from this kind of CLIP."""
+    for key, own in (("image_encoder.conv1.weight", clip.visual.conv1.weight),
+                     ("text_encoder.positional_embedding", clip.positional_embedding)):
+        if key in state and state[key].shape != own.shape:
+            raise ValueError(f"it was tuned from another CLIP: {key} is {tuple(state[key].shape)} "
+                             f"there and {tuple(own.shape)} here; give its --clip")
+
+
+def read_tc(weights, clip, merges):
+    """A released TC-CLIP. It lacks the token embedding, which is that of the `clip` it began as."""
+    check_base(weights.state, clip)
+    config = released_tc_config(weights.state)
+    model = TCCLIP(clip, config)
+    load_released_tc(model, weights.state)
+    changed = {field.name: getattr(config, field.name) for field in fields(config)
+               if getattr(config, field.name) != field.default and field.name != "frames"}
+    return model, {"method": "tc", "frames": config.frames, "model": changed}
+
+
+def read_vifi(weights, clip, merges):
+    """A released ViFi-CLIP, which is frame pooling; its token embedding comes as for TC-CLIP."""
+    check_base(weights.state, clip)
+    state = {"token_embedding.weight": clip.token_embedding.weight}
+    for key, value in weights.state.items():
+        if key.startswith("image_encoder."):
+            key = "visual." + key.removeprefix("image_encoder.")
+        if key != "prompt_learner.complete_text_embeddings":  # of the classes of its training
+            state[key.removeprefix("text_encoder.")] = value
+    return FramePool(load_clip(state, clip.merges)), {"method": "vifi"}
+
+
+def read_ila(weights, clip, merges):
+    """A released ILA. Its file holds CLIP too, for SSv2 only the image tower."""
+    state = weights.state
+    own_clip = load_clip({k: v for k, v in state.items() if re.match(RELEASED_CLIP, k)}, merges)
+    head = state.get("mit.classify_head.2.weight")
+    frames = state["mit.positional_embedding"].shape[1]
+    recipe = {"method": "ila", "frames": frames, "model": {"form": "released"},
+              "clip": openai_name(own_clip.visual)}
+    if head is not None:
+        recipe["model"] = {"form": "released-ssv2", "num_classes": len(head)}
+        recipe["sampling"] = "uniform"
+    model = build_model(recipe, own_clip)
+    load_released_ila(model, state)
+    return model, recipe
+
+
+def openai_name(visual):
+    """The name of OpenAI's CLIP with an image tower of this size; empty if there is none."""
+    patch = visual.conv1.kernel_size[0]
+    return OPENAI_TOWERS.get((visual.width, patch, visual.resolution), "")
+
+
+RELEASED = {"TC-CLIP": read_tc, "ViFi-CLIP": read_vifi, "ILA": read_ila}  # by the format's title
+NEED_CLIP = ("TC-CLIP", "ViFi-CLIP")  # their files hold no token embedding
+
+
+def load_model(source, clip="ViT-B/16", merges=None, device=None, activation=None, head_width=None):
+    """A model in eval mode, and the recipe (a dict) of how it sees videos.
+
+    `source` is a checkpoint of train.py or its run folder, a released TC-CLIP, ViFi-CLIP or ILA, or
+    all that load_clip takes, for vanilla CLIP. `clip` is what a released TC-CLIP or ViFi-CLIP was
+    tuned from; it gives the token embedding. Raises ValueError that names the file.
     """
-    content = read_checkpoint(path)
-    try:
-        if isinstance(content, dict) and "recipe" in content:
-            recipe, weights = content["recipe"], content.get("model")
-            missing = [key for key in (*VANILLA, "merges", "probe") if key not in recipe]
-            missing += [key for key in ("model", "classes") if key not in content]
-            if missing:
-                raise ValueError(f"no {', '.join(missing)} in it: another version of train.py wrote it; train anew")
-            original = {key.removeprefix("model."): value for key, value in weights.items()}  # of what a probe probes
-            model = build_model(recipe, load_clip(original, merges or recipe["merges"]))
-            model = LinearProbe(model, len(content["classes"])) if recipe["probe"] else model
-            model.load_state_dict(weights)
-            if recipe["probe"] or recipe["model"].get("num_classes"):
-                model.set_classes(content["classes"])  # a linear head's, and no others from now on
-            return model.eval(), recipe
-        weights = {key.removeprefix("module."): value for key, value in clip_weights(content).items()}
-        if any(key.startswith("image_encoder.") for key in weights):
-            model, recipe = TCCLIP(load_clip(clip, merges)), VANILLA | {"method": "tc", "pixels": "imagenet"}
-            load_released_tc(model, weights)
-        elif "mit.positional_embedding" in weights:
-            head, frames = weights.get("mit.classify_head.2.weight"), weights["mit.positional_embedding"].shape[1]
-            settings = {"form": "released"} if head is None else {"form": "released-ssv2", "num_classes": len(head)}
-            recipe = VANILLA | {"method": "ila", "pixels": "imagenet", "frames": frames, "model": settings}
-            model = build_model(recipe, load_clip(clip, merges))
-            load_released_ila(model, weights)
+    weights = open_weights(source)
+    unusable = weights._replace(name=f"{weights.name}: not weights that can be used")
+    with naming(unusable.name):
+        own = isinstance(weights.content, dict) and "recipe" in weights.content
+        title = "ours" if own else recognise(weights).title
+    facts = {"activation": activation, "head_width": head_width}
+    base = load_clip(clip, merges, **facts) if title in NEED_CLIP else None
+    with naming(unusable.name), refusing_odd_content():
+        if title == "ours":
+            model, recipe = read_own(weights, merges)
+        elif title in RELEASED:
+            model, recipe = RELEASED[title](weights, base, merges)
+            recipe = VANILLA | {"pixels": "imagenet", "clip": str(clip)} | recipe
+            check_fit(model, model.state_dict())  # all are finite
         else:
-            model, recipe = FramePool(load_clip(content, merges)), VANILLA
-        return model.eval(), recipe
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not weights that can be used: " + " ".join(str(error).split())) from error
+            model = FramePool(load_clip(weights._replace(name=""), merges, **facts))
+            recipe = VANILLA | {"clip": weights.name}
+    return model.eval().to(device), recipe
 
 
-def load_tuned(model, path, clip, merges=None):
-    """Loads a checkpoint, ours or released, into a model of the same method and configuration, or raises ValueError."""
-    tuned, recipe = load_model(path, clip, merges)
+@contextlib.contextmanager
+def refusing_odd_content():
+    """Turns what odd content of a file causes into a ValueError."""
     try:
-        model.load_state_dict(tuned.state_dict())
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not weights for this run, but of {recipe['method']} with {recipe['frames']} frames and "
-                         f"model settings {recipe['model']} ({' '.join(str(error).split()):.120}...)") from error
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def load_tuned(model, source, clip, merges=None):
+    """Loads a checkpoint, ours or released, into a model of the same method and configuration.
+
+    Raises ValueError if it is of another.
+    """
+    tuned, recipe = load_model(source, clip, merges)
+    state = tuned.state_dict()
+    try:
+        check_fit(model, state)
+    except ValueError as error:
+        settings = " ".join(f"{name}={value}" for name, value in recipe["model"].items())
+        raise ValueError(f"{source}: not weights for this run, but of {recipe['method']} with "
+                         f"{recipe['frames']} frames {settings:.80} ({error!s:.100})") from error
+    model.load_state_dict(state)
 
 
 def ensemble(base, tuned, weight):
-    """Weight ensembling (WiSE-FT): (1 - w) CLIP + w fine-tuned, of two state_dicts with the same keys.
+    """Weight ensembling (WiSE-FT), of two state_dicts with the same keys.
 
-    What CLIP lacks stays as it was fine-tuned [released]; temporal positions, begun as CLIP's, are mixed.
+    What CLIP lacks stays as it was fine-tuned [released]; temporal positions, which began as
+    CLIP's, are mixed. Raises ValueError if `tuned` was not tuned from `base`.
     """
-    differ = [key for key, value in tuned.items() if key not in base or base[key].shape != value.shape]
+    differ = [key for key, value in tuned.items()
+              if key not in base or base[key].shape != value.shape]
     if differ:
-        raise ValueError(f"the checkpoint was not tuned from this CLIP; they differ in {', '.join(differ[:3])}: "
-                         "give its --clip")
-    return {key: torch.lerp(base[key].to(value), value, weight)
-            if key.startswith("clip.") or key == "vision.positions" else value for key, value in tuned.items()}
+        raise ValueError("the checkpoint was not tuned from this CLIP; they differ in "
+                         f"{', '.join(differ[:3]):.120}: give its --clip")
+    mixed = {}
+    for key, value in tuned.items():
+        if key.startswith("clip.") or key == "vision.positions":
+            value = torch.lerp(base[key].to(value), value, weight)  # (1 - w) CLIP + w fine-tuned
+        mixed[key] = value
+    return mixed
 
 
 def eval_views(recipe, model):
     """How a model sees a video at test time, from its recipe (a dict): a data.Views."""
     size = model.clip.visual.resolution
-    if 0 < recipe["short_side"] < size:
-        raise ValueError(f"short_side={recipe['short_side']}: must be at least the model's {size} pixels, or 0")
+    short_side = recipe["short_side"]
+    if 0 < short_side < size:
+        raise ValueError(f"short_side={short_side}: must be 0 or at least the model's {size} pixels")
     kept = {key: recipe[key] for key in ("frames", "sampling", "clips", "crops", "pixels")}
-    return data.Views(size=size, short_side=recipe["short_side"] or round(size * 256 / 224), **kept)
+    return data.Views(size=size, short_side=short_side or round(size * 256 / 224), **kept)
 
 
 # ---- evaluation ------------------------------------------------------------------------------
