@@ -784,7 +784,7 @@ DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, NotImplemented
 # What PickleReader pushes on its stack, by the opcode's name.
 LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE",
             "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING", "BINBYTES",
-            "SHORT_BINBYTES", "BINBYTES8"}
+            "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 CONTAINERS = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
 KEYS = (str, int, float, bytes, type(None))  # a dict's keys; others could nest without end
@@ -1138,6 +1138,7 @@ def find_weights(source):
 WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict", "module")
 PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")  # of DDP and torch.compile
 TENSOR_LIKE = (torch.Tensor, np.ndarray, np.generic)
+FACTS = ("activation", "head_width", "text_head_width")  # what no tensor tells
 OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")  # beside OpenAI's weights
 OPEN_CLIP_KEYS = {  # what may stand in open_clip_config.json; the tensors tell most of it
     "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "image_size",
@@ -1227,9 +1228,11 @@ def open_weights(source):
         return Weights("", source, {"activation": "quick_gelu"})
     path = find_weights(source)
     content = read_checkpoint(path)
-    facts = content.get("clip") if isinstance(content, dict) else None
-    known = facts if isinstance(facts, dict) else {}
-    return Weights(str(source), content, known, path.parent, MOST_SHARED * os.path.getsize(path))
+    told = content.get("clip") if isinstance(content, dict) else None
+    facts = {}
+    if isinstance(told, dict):
+        facts = {name: told[name] for name in FACTS if name in told}
+    return Weights(str(source), content, facts, path.parent, MOST_SHARED * os.path.getsize(path))
 
 
 @contextlib.contextmanager
@@ -1375,7 +1378,10 @@ def read_config(weights, row, sizes):
 def known_facts(weights, row, sizes, given):
     """Activation and head widths of both towers: as given, else as the file beside the weights or
     they themselves tell. Raises ValueError that asks for what nothing tells."""
-    facts = {"activation": "quick_gelu"} if row.title == "ours" else {}
+    facts = {}
+    miniature = sizes["vocabulary"] == BYTES and sizes["text_length"] < 77  # no other CLIP is so
+    if row.title == "ours" or miniature:
+        facts["activation"] = "quick_gelu"
     config = read_config(weights, row, sizes)
     facts |= weights.facts | config | given
     width = sizes["vision_width"]
@@ -1384,7 +1390,7 @@ def known_facts(weights, row, sizes, given):
                          "activation=quick_gelu (OpenAI, DFN, MetaCLIP) or activation=gelu (LAION, "
                          "DataComp and most others)")
     if facts["activation"] not in ACTIVATIONS:
-        raise ValueError(f"its activation is {facts['activation']!s:.30}; only "
+        raise ValueError(f"its activation is {facts['activation']!r:.30}; only "
                          f"{' and '.join(ACTIVATIONS)} can be run")
     even = width == HEAD_WIDTH or width % (2 * HEAD_WIDTH) == 0  # as in all usual towers
     if weights.folder and row.title == "CLIP" and not even and "head_width" not in facts:
@@ -1448,6 +1454,16 @@ def load_strictly(model, state):
     model.load_state_dict(state, assign=True)
 
 
+def clip_facts(clip):
+    """What no tensor of a model's CLIP tells, to be saved as "clip" beside its state_dict."""
+    block = clip.visual.transformer.resblocks[0]
+    facts = {"activation": "quick_gelu" if isinstance(block.mlp.gelu, QuickGELU) else "gelu",
+             "head_width": block.attn.head_width}
+    if not isinstance(clip, VisionOnly):
+        facts["text_head_width"] = clip.transformer.resblocks[0].attn.head_width
+    return facts
+
+
 def load_clip(source, merges=None, activation=None, head_width=None):
     """CLIP, or an image tower without text, loaded strictly; in eval mode.
 
@@ -1469,7 +1485,8 @@ def load_clip(source, merges=None, activation=None, head_width=None):
             raise ValueError(f"not a {row.title}: no {error}") from error
         state = {key: own_tensor(key, value, not weights.folder) for key, value in state.items()}
         if has_no_text(state):
-            clip = vision_only(state, **weights.facts | given)
+            facts = weights.facts | given
+            clip = vision_only(state, facts.get("activation"), facts.get("head_width"))
         else:
             sizes = sizes_of(state)
             facts = known_facts(weights, row, sizes, given)

@@ -237,7 +237,11 @@ def load_model(source, clip="ViT-B/16", merges=None, device=None, activation=Non
         own = isinstance(weights.content, dict) and "recipe" in weights.content
         title = "ours" if own else recognise(weights).title
     facts = {"activation": activation, "head_width": head_width}
-    base = load_clip(clip, merges, **facts) if title in NEED_CLIP else None
+    base = None
+    if title in NEED_CLIP:
+        base = open_weights(clip)
+        base = base._replace(facts={"activation": "quick_gelu"} | base.facts)  # as OpenAI's
+        base = load_clip(base, merges, **facts)
     with naming(unusable.name), refusing_odd_content():
         if title == "ours":
             model, recipe = read_own(weights, merges)

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation  # `eval` is a builtin
-from clip_vit import Block, knob, load_clip, read_checkpoint
+from clip_vit import Block, clip_facts, knob, load_clip, read_checkpoint
 
 try:
     import fcntl
@@ -641,6 +641,7 @@ def save_run(run):
         "recipe": vars(run.recipe),
         "classes": list(run.training.video_list.classes),
         "model": run.model.state_dict(),
+        "clip": clip_facts(run.model.clip),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "progress": run.progress,
@@ -832,6 +833,7 @@ def write_epoch(run, line, keep):
         best = {
             "recipe": vars(run.recipe) | {"drawn": run.drawn},
             "model": run.model.state_dict(),
+            "clip": clip_facts(run.model.clip),
             "classes": list(run.training.video_list.classes),
             "epoch": epoch,
         }

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from helpers import tiny_clip  # noqa: E402
+from helpers import save_clip, tiny_clip  # noqa: E402
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
@@ -42,7 +42,7 @@ def timed(call):
 
 def small_world(folder):
     data.write_shapes(folder, seed=1, shots_max=16, base_clips=1, novel_clips=1)
-    torch.save(tiny_clip().state_dict(), folder / "clip.pt")
+    save_clip(folder / "clip.pt")
     return folder
 
 

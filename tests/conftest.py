@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import tiny_clip
+from helpers import save_clip
 
 import data
 
@@ -12,5 +12,5 @@ def world(tmp_path_factory):
     """A small rendering of the miniature world, with a CLIP of random weights."""
     root = tmp_path_factory.mktemp("world") / "shapes"
     data.write_shapes(root, seed=1, shots_max=4, base_clips=1, novel_clips=1)
-    torch.save(tiny_clip().state_dict(), root / "clip.pt")
+    save_clip(root / "clip.pt")
     return root

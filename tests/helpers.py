@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip_vit import CLIP, load_clip
+from clip_vit import CLIP, clip_facts, load_clip
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MERGES = SHARED / "vocab" / "bpe_simple_vocab_16e6.txt.gz"
@@ -32,7 +32,13 @@ def tiny_clip(dtype=torch.float32, resolution=32, patch=8, vision_width=128, vis
         else:
             noise *= 0.2
         state[name] = noise.to(dtype)
-    return load_clip(state)
+    return load_clip(state, head_width=64)
+
+
+def save_clip(path, **sizes):
+    """Writes a tiny CLIP to a file that tells its activation, as this project's own files do."""
+    clip = tiny_clip(**sizes)
+    torch.save({"model": clip.state_dict(), "clip": clip_facts(clip)}, path)
 
 
 def shared_weights():

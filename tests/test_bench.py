@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import tiny_clip
+from helpers import save_clip
 
 import bench_speed
 from eval import run_command
@@ -14,7 +14,7 @@ def bench(*words):
 
 
 def test_the_benchmark_stands_beside_the_papers(tmp_path, capsys, monkeypatch):
-    torch.save(tiny_clip(vision_layers=5).state_dict(), tmp_path / "clip.pt")
+    save_clip(tmp_path / "clip.pt", vision_layers=5)
     monkeypatch.setattr(bench_speed, "memory_of", lambda name, args: 2.0)
     words = ("--clip", tmp_path / "clip.pt", "--frames", "2", "--batch", "1", "--num-classes", "3",
              "--repeats", "1")

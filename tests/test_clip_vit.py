@@ -1,15 +1,8 @@
-"""CLIP: the towers, the tokenizer, loading without executing anything, downloads, and the released code's figures."""
+"""CLIP: the towers, the tokenizer, image towers without text, and the released code's figures."""
 
 import gzip
-import hashlib
 import html
-import http.server
 import json
-import os
-import pickle
-import threading
-import zipfile
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import clip_vit
-from clip_vit import FramePool, PoolConfig, cached, load_clip, read_checkpoint, split_capitals, tokenize
+from clip_vit import FramePool, PoolConfig, load_clip, split_capitals, tokenize
 
 FIGURES = Path(__file__).parent / "figures"
 
@@ -268,134 +261,6 @@ def test_released_prompts():
         assert (tokenize(texts, length, MERGES).numpy() == figures[key]).all()
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------------
-
-class Scripted(nn.Module):
-    """A module tree with OpenAI's names, to be traced into a TorchScript archive as OpenAI's files are."""
-
-    def __init__(self, state):
-        super().__init__()
-        for name, value in state.items():
-            module, *rest = self, *name.split(".")
-            for part in rest[:-1]:
-                if not hasattr(module, part):
-                    module.add_module(part, nn.Module())
-                module = getattr(module, part)
-            module.register_parameter(rest[-1], nn.Parameter(value, requires_grad=False))
-        self.register_buffer("input_resolution", torch.tensor(32))
-
-    def forward(self, x):
-        return x + self.input_resolution
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_torchscript_archives_are_read_without_torchscript(tmp_path, monkeypatch):
-    clip = tiny_clip(torch.float16)
-    state = {name: value.half() for name, value in clip.state_dict().items()}
-    torch.jit.trace(Scripted(state), torch.zeros(1)).save(str(tmp_path / "clip.pt"))
-    with zipfile.ZipFile(tmp_path / "clip.pt") as whole, zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
-        for item in whole.infolist():  # OpenAI's files are older: no byteorder record
-            if not item.filename.endswith("byteorder"):
-                old.writestr(item, whole.read(item))
-    monkeypatch.setattr(torch.jit, "load", None)
-    for name in ("clip.pt", "old.pt"):
-        read = load_clip(tmp_path / name).state_dict()
-        assert read.keys() == state.keys()
-        assert all(value.dtype == torch.float32 and torch.equal(value, state[key].float()) for key, value in read.items())
-
-
-def test_sources_and_dtypes(tmp_path):
-    clip = tiny_clip(torch.float64)
-    state = clip.state_dict()
-    torch.save(state, tmp_path / "plain.pt")
-    torch.save({"model": {f"clip.{k}": v for k, v in state.items()} | {"vectors": torch.zeros(2)}}, tmp_path / "ours.pt")
-    torch.save({"state_dict": state}, tmp_path / "wrapped.pt")
-    arrays = {k: v.numpy() for k, v in state.items()}
-    for source in (state, arrays, tmp_path / "plain.pt", str(tmp_path / "ours.pt"), tmp_path / "wrapped.pt"):
-        loaded = load_clip(source)
-        assert all(torch.equal(v, state[k]) and v.dtype == torch.float64 for k, v in loaded.state_dict().items())
-        assert not loaded.training
-    loaded.logit_scale.data += 1  # the caller's tensors are not the model's
-    assert state["logit_scale"] == 2
-    half = load_clip({k: v.half() for k, v in state.items()})
-    assert half.logit_scale.dtype == torch.float32
-
-
-@pytest.mark.parametrize("change, words", [
-    (lambda s: s.pop("ln_final.weight"), "ln_final.weight"),
-    (lambda s: s.update(extra=torch.zeros(1)), "extra"),
-    (lambda s: s.update({"ln_final.weight": torch.zeros(3)}), "ln_final.weight"),
-    (lambda s: s.pop("visual.conv1.weight"), "visual.conv1.weight"),
-    (lambda s: s.update({"visual.layer1.0.conv1.weight": torch.zeros(1)}), "ResNet"),
-    (lambda s: s.update({"visual.conv1.weight": torch.zeros(100, 3, 8, 8)}), "multiples of the head width")])
-def test_wrong_weights_are_named(change, words):
-    state = tiny_clip().state_dict()
-    change(state)
-    with pytest.raises(ValueError, match=words):
-        load_clip(state)
-
-
-def test_unknown_names_list_the_known():
-    with pytest.raises(ValueError, match="ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px"):
-        load_clip("ViT-B/15")
-
-
-class Hostile:
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.trace}",)
-
-
-class Config(dict):
-    """Stands for the config object in released checkpoints: an object of a class that is not to be imported."""
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("wrap", [lambda state, bad: bad, lambda state, bad: {"model": state, "config": bad},
-                                  lambda state, bad: OrderedDict(state, evil=bad)])
-def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path, wrap):
-    trace = tmp_path / "trace"
-    state = tiny_clip().state_dict()
-    torch.save(wrap(state, Hostile(trace)), tmp_path / "hostile.pt")
-    (tmp_path / "bare.pt").write_bytes(pickle.dumps(wrap({}, Hostile(trace))))
-    torch.save(wrap(state, Hostile(trace)), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    with zipfile.ZipFile(tmp_path / "hostile.pt") as whole, zipfile.ZipFile(tmp_path / "script.pt", "w") as script:
-        for item in whole.infolist():
-            script.writestr(item, whole.read(item))
-        script.writestr("hostile/constants.pkl", b"")
-    for name in ("hostile.pt", "bare.pt", "legacy.pt", "script.pt"):
-        with pytest.raises(ValueError, match=name):
-            load_clip(tmp_path / name)
-    assert not trace.exists()
-    pickle.loads(pickle.dumps(Hostile(trace)))  # the file would have left its trace
-    assert trace.exists()
-
-
-def test_a_foreign_object_beside_the_weights_is_inert(tmp_path, monkeypatch):
-    state, config = tiny_clip().state_dict(), Config(a=[1, 2])
-    config.child = Config(b=np.float64(3))
-    torch.save({"model": state, "config": config, "epoch": 4}, tmp_path / "released.pt")
-    monkeypatch.delattr("test_clip_vit.Config")  # not importable where the file is read
-    content = read_checkpoint(tmp_path / "released.pt")
-    assert content["epoch"] == 4 and all(torch.equal(content["model"][k], v) for k, v in state.items())
-    assert type(content["config"]).__name__.endswith("Config") and not isinstance(content["config"], dict)
-    assert torch.equal(load_clip(tmp_path / "released.pt").text_projection, state["text_projection"])
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04 and then nothing"])
-def test_broken_files_are_named(tmp_path, content):
-    (tmp_path / "broken.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="broken.pt: refused"):
-        load_clip(tmp_path / "broken.pt")
-    torch.save(tiny_clip().state_dict(), tmp_path / "cut.pt")
-    whole = (tmp_path / "cut.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(ValueError, match="cut.pt: refused"):
-        load_clip(tmp_path / "cut.pt")
-
-
 # ---- image towers without text -------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -487,65 +352,6 @@ def test_methods_with_text_say_that_there_is_none():
     tower = load_clip({k: v for k, v in tiny_clip().state_dict().items() if k.startswith("visual.")})
     with pytest.raises(ValueError, match="no text tower"):
         FramePool(tower)
-
-
-# ---- downloads -------------------------------------------------------------------------------------------------------
-
-CONTENT = bytes(range(256)) * 5000
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT; breaks the first reply off half-way; understands Range."""
-
-    log, breaks = [], 0
-
-    def do_GET(self):
-        have = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        Server.log.append(have)
-        if have >= len(CONTENT):
-            self.send_error(416)
-            return
-        self.send_response(206 if have else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - have))
-        self.end_headers()
-        Server.breaks -= 1
-        self.wfile.write(CONTENT[have:len(CONTENT) // 2] if Server.breaks >= 0 else CONTENT[have:])
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def url():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    Server.log, Server.breaks = [], 0
-    yield f"http://127.0.0.1:{server.server_port}/file.pt"
-    server.shutdown()
-
-
-def test_downloads_are_resumed_checked_and_kept(tmp_path, url):
-    sha256 = hashlib.sha256(CONTENT).hexdigest()
-    Server.breaks = 1
-    with pytest.raises(ValueError, match="resume"):
-        cached(url, sha256, tmp_path)
-    path = cached(url, sha256, tmp_path)
-    assert path.read_bytes() == CONTENT and Server.log == [0, len(CONTENT) // 2]
-    assert cached(url, sha256, tmp_path) == path and len(Server.log) == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["file.pt"]
-    path.rename(tmp_path / "file.pt.part")  # complete, but its check was interrupted
-    assert cached(url, sha256, tmp_path).read_bytes() == CONTENT
-
-
-def test_what_goes_wrong_with_a_download_is_said(tmp_path, url):
-    with pytest.raises(ValueError, match="SHA-256.*put it at"):
-        cached(url, "0" * 64, tmp_path)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="cannot download.*by hand and put it at"):
-        cached("http://127.0.0.1:9/none.pt", "0" * 64, tmp_path)
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match="cannot download"):
-        cached(url, "0" * 64, tmp_path / "file")
 
 
 # ---- the released code's figures ---------------------------------------------------------------------------------------

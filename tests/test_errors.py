@@ -16,7 +16,7 @@ import archives
 import numpy as np
 import pytest
 import torch
-from helpers import MERGES, shared_weights, tiny_clip
+from helpers import MERGES, shared_weights, save_clip
 
 import data
 import eval as evaluation
@@ -61,7 +61,7 @@ def things(world, tmp_path_factory):
     """A folder of what can be given by mistake."""
     folder = tmp_path_factory.mktemp("things")
     write_checkpoints(folder, world / "clip.pt")
-    torch.save(tiny_clip(vision_width=64, text_width=64, embed=64).state_dict(), folder / "small.pt")
+    save_clip(folder / "small.pt", vision_width=64, text_width=64, embed=64)
     for name, content in (("text", b"hello\nworld\n"), ("empty", b""), ("binary", bytes(range(256)) * 99),
                           ("broken.json", b"{"), ("gap.csv", b"id,name\n0,a\n2,b\n"),
                           ("no_header.csv", b"0,a\n1,b\n"), ("two.csv", b"id,name\n0,a\n1,b\n")):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import MERGES, SHARED, shared_weights, tiny_clip
+from helpers import MERGES, SHARED, shared_weights, save_clip, tiny_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -192,7 +192,7 @@ def test_real_clips_train_and_are_evaluated(tmp_path):
             folder = tmp_path / "data" / split / action
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(SHARED / "videos" / "real" / name)
-    torch.save(tiny_clip(context=77).state_dict(), tmp_path / "clip.pt")
+    save_clip(tmp_path / "clip.pt", context=77)
     done = command("train.py", "--protocol", "fewshot", "--method", "tc", "--dataset", "folder", "--data", tmp_path / "data",
                    "--clip", tmp_path / "clip.pt", "--out", tmp_path / "run", "--set", "shots=1", "epochs=2", "frames=4",
                    "batch=4", "workers=1", "prompt=a pic", "context_tokens=4", "clips=1", "text_length=77")
@@ -213,4 +213,4 @@ def test_a_released_checkpoint_is_read_and_used(tmp_path, capsys):
     assert evaluate("--video", video, "--classes", "juggling,running", "--checkpoint", tmp_path / "released.pth",
                     "--clip", tmp_path / "clip.pt", "--merges", MERGES) == 0
     assert "juggling" in capsys.readouterr().out
-    assert load_clip(tmp_path / "clip.pt").visual.resolution == 224
+    assert load_clip(tmp_path / "clip.pt", activation="quick_gelu").visual.resolution == 224

@@ -7,7 +7,7 @@ import archives
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_clip
+from helpers import save_clip
 
 import data
 import eval as evaluation
@@ -24,7 +24,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     for archive in (archives.hmdb51, archives.ucf101, archives.k400, archives.k600, archives.ssv2):
         archive(root / archive.__name__, classes=4, train=3, test=1)
-    torch.save(tiny_clip(context=77).state_dict(), root / "clip.pt")
+    save_clip(root / "clip.pt", context=77)
     return root
 
 

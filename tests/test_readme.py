@@ -8,8 +8,7 @@ from pathlib import Path
 import archives
 import av
 import pytest
-import torch
-from helpers import tiny_clip
+from helpers import save_clip
 
 import bench_speed
 import data
@@ -30,7 +29,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     for archive, train_videos in ((archives.hmdb51, 16), (archives.ucf101, 16), (archives.k400, 2), (archives.k600, 1), (archives.ssv2, 2)):
         archive(home / "data" / archive.__name__, classes=2, train=train_videos, test=1)
-    torch.save(tiny_clip(context=77).state_dict(), home / "clip.pt")
+    save_clip(home / "clip.pt", context=77)
     miniature(home / "data" / "shapes", None)
     videos = [path for path in data.videos_below(home / "data" / "ucf101")]
     for name in ("my_videos/walk", "my_videos/run", "folder"):
@@ -109,7 +108,7 @@ def miniature(root, device):
     """A world of one clip per class in place of the whole one."""
     if not root.exists():
         data.write_shapes(root, seed=0, shots_max=1, base_clips=1, novel_clips=1)
-        torch.save(tiny_clip().state_dict(), root / "clip.pt")
+        save_clip(root / "clip.pt")
 
 
 def test_the_first_command_is_the_default_of_train(monkeypatch):
