@@ -145,7 +145,7 @@ TRAIN = [  # arguments; {t}: the folder of things, {w}: the miniature world. Wha
     ("--clip ViT-B/17 --set shots=2", "ViT-L/14@336px"), ("--clip {t}/text --set shots=2", "/text: refused"),
     ("--clip {t}/empty --set shots=2", "/empty: refused"), ("--clip {t}/half.pt --set shots=2", "half.pt: refused"),
     ("--clip {t}/code.pt --set shots=2", "code.pt: refused"),
-    ("--clip {t}/folder --set shots=2", "/folder: neither a file nor"),
+    ("--clip {t}/folder --set shots=2", "/folder: a folder without"),
     ("--clip {t}/list.pt --set shots=2", "list.pt: not a state_dict"),
     ("--clip {t}/other.pt --set shots=2", "not CLIP weights"), ("--clip {v} --set shots=2", ".mp4: refused"),
     ("--out {t}/text --method tc --set shots=2", "/text cannot be made a folder"),
