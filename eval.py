@@ -40,6 +40,8 @@ import data
 from clip_vit import FramePool, PoolConfig, check_fit, load_clip, naming, open_weights, recognise
 from ila import FLAT, SLOPE, ILA, ILAConfig, earth_movers_distance, interactive_mask
 from ila import load_released as load_released_ila
+from ila import released_clip
+from ila import released_config as released_ila_config
 from video_prompt import TCCLIP, TCConfig
 from video_prompt import load_released as load_released_tc
 from video_prompt import released_config as released_tc_config
@@ -67,8 +69,6 @@ OPENAI_TOWERS = {  # (width, patch, resolution): name
 OWN_FIELDS = (*VANILLA, "merges", "probe")  # what a recipe in a checkpoint must have
 MOST = {"frames": 1024, "clips": 100, "crops": 3, "short_side": 8192}  # in a checkpoint's recipe
 MOST_SETTING = 100_000  # a number among its model's settings
-RELEASED_CLIP = r"^(visual\.|transformer\.|positional_embedding|text_projection|logit_scale|" \
-                r"token_embedding\.|ln_final\.)(?!.*\.(message_|temporal_))"  # in ILA's files
 
 
 # ---- models from files ---------------------------------------------------------------------------
@@ -175,15 +175,21 @@ def check_base(state, clip):
                              f"there and {tuple(own.shape)} here; give its --clip")
 
 
+def settings_of(config):
+    """The settings in which a model's config differs from the defaults, frames apart."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)
+              if getattr(config, field.name) != field.default}
+    values.pop("frames", None)
+    return values
+
+
 def read_tc(weights, clip, merges):
     """A released TC-CLIP. It lacks the token embedding, which is that of the `clip` it began as."""
     check_base(weights.state, clip)
     config = released_tc_config(weights.state)
     model = TCCLIP(clip, config)
     load_released_tc(model, weights.state)
-    changed = {field.name: getattr(config, field.name) for field in fields(config)
-               if getattr(config, field.name) != field.default and field.name != "frames"}
-    return model, {"method": "tc", "frames": config.frames, "model": changed}
+    return model, {"method": "tc", "frames": config.frames, "model": settings_of(config)}
 
 
 def read_vifi(weights, clip, merges):
@@ -200,18 +206,14 @@ def read_vifi(weights, clip, merges):
 
 def read_ila(weights, clip, merges):
     """A released ILA. Its file holds CLIP too, for SSv2 only the image tower."""
-    state = weights.state
-    own_clip = load_clip({k: v for k, v in state.items() if re.match(RELEASED_CLIP, k)}, merges)
-    head = state.get("mit.classify_head.2.weight")
-    frames = state["mit.positional_embedding"].shape[1]
-    recipe = {"method": "ila", "frames": frames, "model": {"form": "released"},
-              "clip": openai_name(own_clip.visual)}
-    if head is not None:
-        recipe["model"] = {"form": "released-ssv2", "num_classes": len(head)}
-        recipe["sampling"] = "uniform"
-    model = build_model(recipe, own_clip)
-    load_released_ila(model, state)
-    return model, recipe
+    own_clip = load_clip(released_clip(weights.state), merges)
+    config = released_ila_config(weights.state)
+    model = ILA(own_clip, config)
+    load_released_ila(model, weights.state)
+    return model, {
+        "method": "ila", "frames": config.frames, "model": settings_of(config),
+        "sampling": "tsn" if config.num_classes is None else "uniform",
+        "clip": openai_name(own_clip.visual)}
 
 
 def openai_name(visual):
@@ -304,7 +306,8 @@ def eval_views(recipe, model):
     size = model.clip.visual.resolution
     short_side = recipe["short_side"]
     if 0 < short_side < size:
-        raise ValueError(f"short_side={short_side}: must be 0 or at least the model's {size} pixels")
+        raise ValueError(f"short_side={short_side}: must be at least the model's {size} pixels, "
+                         "or 0")
     kept = {key: recipe[key] for key in ("frames", "sampling", "clips", "crops", "pixels")}
     return data.Views(size=size, short_side=short_side or round(size * 256 / 224), **kept)
 
@@ -370,7 +373,7 @@ def view_logits(model, views, pixels, precision):
 
     Raises ValueError if a logit is not finite.
     """
-    device = model.clip.logit_scale.device
+    device = model.clip.visual.class_embedding.device
     video = torch.as_tensor(views).flatten(0, 1).to(device, non_blocking=True)
     video = data.normalise(video, pixels)
     with autocast(device, precision):
@@ -586,7 +589,7 @@ def point_columns(model, points, clip, shown, side):
 
 def clip_columns(model, clip, pixels, shown, side):
     """What TC-CLIP or ILA made of a clip in the last block that tells; of other models frames."""
-    video = data.normalise(clip.to(model.clip.logit_scale.device), pixels)[None]  # (1,T,3,R,R)
+    video = data.normalise(clip.to(model.clip.visual.class_embedding.device), pixels)[None]  # (1,T,3,R,R)
     if isinstance(model, TCCLIP):
         summaries = model.vision(model.clip.visual, video)[2]
         if summaries:
@@ -1096,7 +1099,7 @@ def frame_distance(model, clip, pixels):
 
     clip: (T,3,R,R) uint8; the patches are those of ILA's last block.
     """
-    video = data.normalise(clip.to(model.clip.logit_scale.device), pixels)[None]
+    video = data.normalise(clip.to(model.clip.visual.class_embedding.device), pixels)[None]
     frames = F.normalize(model.encode(video)[0][0, :, 1:], dim=-1)  # (T,P,D)
     return float(np.mean([earth_movers_distance(a, b) for a, b in zip(frames, frames[1:])]))
 

@@ -689,7 +689,7 @@ def forward_sums(run, clips, labels, weights, own):
     clips (b,T,3,R,R) uint8, labels (b,), weights (b,) 0 or 1; own: see draw_mixing.
     """
     recipe = run.recipe
-    device = run.model.clip.logit_scale.device
+    device = run.model.clip.visual.class_embedding.device
     weights = torch.as_tensor(weights, dtype=torch.float32, device=device)
     clips = torch.as_tensor(clips).to(device, non_blocking=True)
     video = data.normalise(clips, recipe.pixels)
