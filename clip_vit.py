@@ -1492,6 +1492,6 @@ def load_clip(source, merges=None, activation=None, head_width=None):
             facts = known_facts(weights, row, sizes, given)
             with torch.device("meta"):  # no memory, no random numbers: all tensors come from state
                 clip = CLIP(**sizes, **facts)
-        load_strictly(clip, state)
+            load_strictly(clip, state)
     clip.merges = merges
     return clip.eval()
