@@ -1225,7 +1225,7 @@ def open_weights(source):
     if isinstance(source, Weights):
         return source
     if not isinstance(source, (str, os.PathLike)):
-        return Weights("", source, {"activation": "quick_gelu"})
+        return Weights("", source, {})
     path = find_weights(source)
     content = read_checkpoint(path)
     told = content.get("clip") if isinstance(content, dict) else None
@@ -1380,7 +1380,7 @@ def known_facts(weights, row, sizes, given):
     they themselves tell. Raises ValueError that asks for what nothing tells."""
     facts = {}
     miniature = sizes["vocabulary"] == BYTES and sizes["text_length"] < 77  # no other CLIP is so
-    if row.title == "ours" or miniature:
+    if row.title == "ours" or miniature or weights.folder is None:
         facts["activation"] = "quick_gelu"
     config = read_config(weights, row, sizes)
     facts |= weights.facts | config | given
