@@ -546,13 +546,16 @@ def files_below(folder):
 
     Hidden files (._x.mp4 of a Mac is no video) and system folders are left out. A folder that was
     listed before, under another link, has no file names, and `same` is its earlier path; else "".
-    Raises ValueError if a folder cannot be listed.
+    A link up to a folder that holds `folder` is not followed. ValueError: one cannot be listed.
     """
     listed = {}  # {real path: path}
+    above = {str(parent) for parent in Path(os.path.realpath(folder)).parents}
     waiting = [str(folder)]
     while waiting:
         path = waiting.pop()
         real = os.path.realpath(path)
+        if real in above:
+            continue
         if real in listed:
             yield path, [], listed[real]
             continue
@@ -826,13 +829,15 @@ def in_order(names):
 def read_labels(path):
     """Class names of a labels file in the order of their ids.
 
-    The file is CSV with the header id,name, or JSON {"0": name}. ValueError names the line that has
+    The file is CSV with the header id,name, or JSON {"0": name} or [name]. ValueError names the line that has
     no name, a name or id a second time, or more cells than the header (a comma without quotes).
     """
     with expecting(path, "a labels file, CSV with the header id,name or JSON"):
         with open(path, newline="", encoding="utf-8-sig") as file:
             if str(path).endswith(".json"):
                 rows = json.load(file, object_pairs_hook=list)  # keeps a key's second value
+                if all(isinstance(row, str) for row in rows):
+                    rows = list(enumerate(rows))
             else:
                 rows = labels_rows(csv.reader(file))
         names, seen = {}, set()

@@ -3,6 +3,8 @@
 import ast
 import csv
 import json
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,11 +12,12 @@ from pathlib import Path
 import archives
 import numpy as np
 import pytest
-from helpers import SHARED
+from helpers import SHARED, tiny_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+from clip_vit import split_capitals
 
 
 def test_who_may_import_whom():
@@ -453,3 +456,460 @@ def test_class_folders_lists_and_files_of_ones_own(tmp_path):
     assert len(train.paths) == 8 and tests["train"] == videos
     (tmp_path / "hmdb51" / "sword" / "up").symlink_to(tmp_path / "hmdb51")  # a link that leads back
     assert data.load_tests("hmdb51", tmp_path / "hmdb51", test_list=tmp_path / "mine.txt")["mine"] == videos
+
+
+# ---- what people's folders, lists and labels files are like ----
+
+def own_folders(root, classes=("run", "walk"), sets=("train", "test"), videos=2):
+    touch(root, *(f"{name}/{c}/{name}{i}.mp4" for name in sets for c in classes for i in range(videos)))
+    return root
+
+
+def owner_of(videos):
+    """{name of each video's class folder: its class name}."""
+    return {Path(path).parent.name: videos.classes[label] for path, label in zip(videos.paths, videos.labels)}
+
+
+def refusal(*arguments, **settings):
+    """The message with which load_protocol (or, of fewer arguments, load_tests) refuses; one short line."""
+    load = data.load_protocol if len(arguments) > 2 else data.load_tests
+    with pytest.raises(ValueError) as caught:
+        load(*arguments, **settings)
+    message = str(caught.value)
+    assert len(message) < 400 and message.isprintable(), message  # the command line cuts its paths further
+    return message
+
+
+def labels_csv(path, names, rows=None):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("id", "name"), *(rows or enumerate(names))])
+    return path
+
+
+def test_labels_files_go_by_name_else_by_number(tmp_path):
+    own_folders(tmp_path / "numbers", [str(i) for i in range(12)])
+    by_number = labels_csv(tmp_path / "n.csv", [f"action {i}" for i in range(12)])
+    train, tests = data.load_protocol("supervised", "folder", tmp_path / "numbers", 1, 0, labels=by_number)
+    assert owner_of(train) == owner_of(tests["test"]) == {str(i): f"action {i}" for i in range(12)}
+    assert owner_of(data.load_tests("folder", tmp_path / "numbers", labels=by_number)["test"])["10"] == "action 10"
+    few = labels_csv(tmp_path / "few.csv", [f"action {i}" for i in range(11)])
+    assert "11 names, but train has 12 classes" in refusal(
+        "supervised", "folder", tmp_path / "numbers", 1, 0, labels=few)
+
+    own_folders(tmp_path / "names", ("draw_sword", "run", "walk"))
+    other_order = labels_csv(tmp_path / "o.csv", ["Walk", "Draw sword: a person draws a sword", "run: on a track"])
+    train, _ = data.load_protocol("supervised", "folder", tmp_path / "names", 1, 0, labels=other_order)
+    assert owner_of(train) == {"draw_sword": "Draw sword: a person draws a sword", "run": "run: on a track",
+                               "walk": "Walk"}
+    for names in (["a", "b", "c"], ["run", "walk", "jump"]):
+        message = refusal("supervised", "folder", tmp_path / "names", 1, 0,
+                          labels=labels_csv(tmp_path / "x.csv", names))
+        assert names[0] in message and "draw_sword" in message and "x.csv" in message
+
+
+def test_labels_files_that_are_wrong(tmp_path):
+    path = tmp_path / "labels.csv"
+    for content, words in (("id,name\n0,falling, slowly\n1,run\n", "line 2 has more cells.*quotes"),
+                           ("id,name\n0,run\n1,run\n", "its name run is there twice"),
+                           ("id,name\n0,run\n0,walk\n", "id 0 .* is there twice"),
+                           ("id,name\n0,run\n1,\n", "id 1 has no name"), ("id,name\n0,run\n2,walk\n", "without gaps")):
+        path.write_text(content)
+        for read in (data.read_labels, data.read_class_names):
+            with pytest.raises(ValueError, match=f"labels.csv: .*{words}"):
+                read(path)
+    path = tmp_path / "labels.json"
+    for content in ('{"0": "a", "0": "b"}', '{"0": "a", "1": "a"}', '{"0": ["a"]}', '{"0": {"b": "c"}}', "[" * 100_000,
+                    '{"0": 1}', "{}", "7"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="labels.json: expected"):
+            data.read_labels(path)
+    path.write_text('["walk", "run"]')
+    assert data.read_class_names(path) == ("walk", "run")
+
+
+def test_class_names_a_line_each(tmp_path):
+    path = tmp_path / "classInd.txt"
+    for lines, names in (("1 ApplyEyeMakeup\r\n2 Yo Yo\r\n", ("ApplyEyeMakeup", "Yo Yo")),
+                         ("0 run\n1 walk\n\n", ("run", "walk")), ("2 men\n1 man\n", ("2 men", "1 man")),
+                         ("1\n2\n", ("1", "2")), ("1 man\n2 men\n3\n", ("1 man", "2 men", "3")),
+                         ("\ufeffrun\n  walk, slowly \n", ("run", "walk, slowly"))):
+        path.write_bytes(lines.encode())
+        assert data.read_class_names(path) == names
+    for content in (b"", b"\n \n", b"\xff\xfe\0"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="classInd.txt: expected text"):
+            data.read_class_names(path)
+    with pytest.raises(ValueError, match="absent.txt: expected"):
+        data.read_class_names(tmp_path / "absent.txt")
+    if LISTS.is_dir():
+        names = data.read_class_names(LISTS / "owners" / "ucf101" / "ucfTrainTestlist" / "classInd.txt")
+        assert len(names) == 101 and names[0] == "ApplyEyeMakeup"
+        lists = LISTS / "published" / "labels" / "labels_temporal_static"
+        assert len(data.read_class_names(lists / "ssv2_temporal18_labels.csv")) == 18
+
+
+@pytest.mark.parametrize("pair", [("run", "Run"), ("JumpRope", "Jump Rope"), ("R&B", "R&amp;B"), ("run 12", "run 1 2"),
+                                  ("cafe\u0301", "caf\u00e9"), ("a  b", "a b"), ("HandstandPushups", "handstand pushups"),
+                                  ("\uff52un", "run")])
+def test_classes_that_are_one_text_to_the_model(tmp_path, pair):
+    with pytest.raises(ValueError, match="same text.*rename one"):
+        data.check_classes(["walk", *pair], "x")
+    clip = tiny_clip(context=77)
+    first, second = clip.tokenize([split_capitals(name) for name in pair])
+    if pair[0] != "\uff52un":
+        assert (first == second).all()
+    for name in "ab":
+        for i, own in enumerate(pair):
+            touch(tmp_path, *(f"{s}/{own.replace('/', '_')}/{s}{i}{name}.mp4" for s in ("train", "test")))
+    for protocol in ("supervised", "fewshot", "base2novel", "zeroshot"):
+        assert "same text" in refusal(protocol, "folder", tmp_path, 1, 0)
+    assert "same text" in refusal("folder", tmp_path)
+
+
+@pytest.mark.parametrize("pair", [("run", "running"), ("kick", "kick ball"), ("a-b", "ab"), ("C", "C++"), ("1", "11"),
+                                  ("person's", "persons"), ("跑步", "走路")])
+def test_classes_that_are_not_one_text(pair):
+    data.check_classes(pair, "x")
+    first, second = tiny_clip(context=77).tokenize([split_capitals(name) for name in pair])
+    assert not (first == second).all()
+
+
+def test_published_classes_are_all_of_another_text():
+    if not LISTS.is_dir():
+        pytest.skip("the published lists (../shared/lists) are not here")
+    paths = [*(LISTS / "published" / "labels").rglob("*.csv"), *(LISTS / "published" / "labels").rglob("*.json")]
+    assert len(paths) > 15
+    for path in paths:
+        data.check_classes(data.read_labels(path), path)
+
+
+def test_what_is_no_class(tmp_path):
+    own_folders(tmp_path)
+    for name in ("train", "test"):
+        touch(tmp_path, f"{name}/__MACOSX/run/._train0.mp4", f"{name}/@eaDir/a.mp4/SYNOPHOTO_FILM_M.mp4",
+              f"{name}/annotations/a.xml", f"{name}/run/@eaDir/train0.mp4/SYNOPHOTO_FILM_M.mp4")
+        (tmp_path / name / "empty").mkdir()
+    for protocol in ("supervised", "fewshot", "zeroshot"):
+        train, tests = data.load_protocol(protocol, "folder", tmp_path, 2, 0)
+        assert train.classes == tests["test"].classes == ("run", "walk") and len(train.paths) == 4
+        (note,) = (note for note in train.notes if "no classes" in note)
+        assert "4 folders" in note and "@eaDir, __MACOSX, annotations, ..." in note
+    runs = tmp_path / "flat" / "runs" / "mine"
+    touch(tmp_path, *(f"flat/{name}/{i}.mp4" for name in "ab" for i in range(3)), "flat/runs/mine/best.pt")
+    train, tests = data.load_protocol("fewshot", "folder", tmp_path / "flat", 1, 0)  # --out inside the data
+    assert runs.is_dir() and train.classes == ("a", "b") and "(runs)" in train.notes[0]
+    with pytest.raises(ValueError, match="no videos; expected one folder per class"):
+        data.class_folders(runs.parent)
+
+
+def test_a_class_that_only_one_side_has(tmp_path):
+    own_folders(tmp_path, ("a", "b", "c"), ("train",))
+    own_folders(tmp_path, ("c", "b"), ("test",))
+    for protocol in ("supervised", "fewshot", "zeroshot"):
+        train, tests = data.load_protocol(protocol, "folder", tmp_path, 2, 0)
+        assert tests["test"].classes == train.classes == ("a", "b", "c") and tests["test"].labels == (1, 1, 2, 2)
+        assert tests["test"].notes == ("test/ has no videos of 1 of the 3 classes (a)",)
+    test = data.load_tests("folder", tmp_path)["test"]
+    assert test.classes == ("a", "b", "c") and owner_of(test) == {"b": "b", "c": "c"}
+    own_folders(tmp_path, ("d",), ("test",))
+    (tmp_path / "train" / "d").mkdir()  # empty there
+    for protocol in ("supervised", "fewshot"):
+        assert "test/ has classes that train/ has no videos of (d)" in refusal(protocol, "folder", tmp_path, 2, 0)
+    _, tests = data.load_protocol("zeroshot", "folder", tmp_path, 2, 0)
+    assert tests["test"].classes == ("b", "c", "d")
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    own_folders(tmp_path, ("cyan to green", "b"))
+    scandir = data.os.scandir
+
+    def refuse(path):  # as without permissions, which root always has
+        if str(path).endswith("green"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+    monkeypatch.setattr(data.os, "scandir", refuse)
+    assert refusal("folder", tmp_path) == f"{tmp_path}/test/cyan to green: Permission denied"
+    assert "cyan to green: Permission denied" in refusal("supervised", "folder", tmp_path, 1, 0)
+    with pytest.raises(ValueError, match="Permission denied"):
+        data.videos_below(tmp_path)
+
+
+def test_links(tmp_path):
+    own_folders(tmp_path / "d")
+    (tmp_path / "d" / "train" / "run" / "up").symlink_to(tmp_path / "d")  # a loop
+    (tmp_path / "d" / "train" / "run" / "more").symlink_to(tmp_path / "d" / "train" / "run")
+    assert len(data.class_folders(tmp_path / "d" / "train").paths) == 4
+    touch(tmp_path, "elsewhere/x.mp4")
+    for name in ("one", "two"):
+        (tmp_path / "d" / "train" / "run" / name).symlink_to(tmp_path / "elsewhere")
+    assert len(data.class_folders(tmp_path / "d" / "train").paths) == 5  # counted once
+    (tmp_path / "d" / "train" / "jog").symlink_to(tmp_path / "d" / "train" / "run")
+    assert "train/run and " in refusal("supervised", "folder", tmp_path / "d", 1, 0)
+    (tmp_path / "e").mkdir()
+    for name in ("train", "test"):  # the test is the training set
+        (tmp_path / "e" / name).symlink_to(tmp_path / "d" / "test")
+    _, tests = data.load_protocol("supervised", "folder", tmp_path / "e", 1, 0)
+    assert tests["test"].notes == ("test/: 4 of 4 test videos are training videos as well",)
+
+
+def test_a_video_with_two_labels(tmp_path):
+    own_folders(tmp_path / "d")
+    labels_csv(tmp_path / "d" / "labels.csv", ["a", "b"])
+    (tmp_path / "list.txt").write_text("train/run/train0.mp4 0\ntrain/run/train0.mp4 1\ntrain/run/train1.mp4 0\n")
+    message = refusal("folder", tmp_path / "d", test_list=tmp_path / "list.txt")
+    assert "list.txt: 1 videos are listed with two labels, such as" in message and "train0.mp4" in message
+    archives.hmdb51(tmp_path / "hmdb51", classes=4)  # there only told: nobody can mend an owner's lists
+    video = next((tmp_path / "hmdb51" / "sword").iterdir()).name
+    (tmp_path / "mine.txt").write_text(f"sword/{video} 2\nsword/{video} 3\n")
+    (note,) = data.load_tests("hmdb51", tmp_path / "hmdb51", test_list=tmp_path / "mine.txt")["mine"].notes
+    assert "two labels" in note
+
+
+@pytest.mark.parametrize("suffix", "MTS m2ts VOB ogv mxf asf f4v QT divx rmvb dav h264 Mp4 AVI".split())
+def test_suffixes_of_cameras(tmp_path, suffix):
+    touch(tmp_path, f"a/b.{suffix}", "a/c.xyz", "a/notes.txt", "loose.mp4")
+    videos = data.class_folders(tmp_path)
+    assert [Path(path).name for path in videos.paths] == [f"b.{suffix}"]
+    assert [note.partition(": ")[2] for note in videos.notes] == [
+        "1 videos lie in no class folder (loose.mp4)", "1 files are no known videos (a/c.xyz)"]
+    assert len(data.videos_below(tmp_path)) == 2
+    assert data.passed_over(tmp_path) == f"{tmp_path}: 1 files are no known videos and are passed over: a/c.xyz"
+
+
+def test_unicode_forms(tmp_path):
+    nfd, nfc = "u\u0308bung", "\u00fcbung"
+    touch(tmp_path, *(f"d/v/{nfd} {i}.mp4" for i in range(2)), f"e/train/{nfd}/1.mp4", f"e/test/{nfc}/2.mp4",
+          "e/train/a/3.mp4", "e/test/a/4.mp4")
+    labels_csv(tmp_path / "d" / "labels.csv", ["a", "b"])
+    for form in (nfc, nfd):
+        (tmp_path / "test.txt").write_text(f"v/{form} 0.mp4 0\n{form} 1.mp4 1\n")
+        (videos,) = data.load_tests("folder", tmp_path / "d", test_list=tmp_path / "test.txt").values()
+        assert [Path(path).is_file() for path in videos.paths] == [True, True]
+    train, tests = data.load_protocol("supervised", "folder", tmp_path / "e", 1, 0,
+                                      labels=labels_csv(tmp_path / "l.csv", [f"{nfc}: uebung", "a: b"]))
+    assert train.classes == tests["test"].classes == ("a: b", f"{nfc}: uebung")
+
+
+def test_lists_of_other_programs(tmp_path):
+    own_folders(tmp_path / "d", sets=("v",))
+    labels_csv(tmp_path / "d" / "labels.csv", ["a", "b"])
+
+    def refused(*lines):
+        (tmp_path / "list.txt").write_text("".join(line + "\n" for line in lines))
+        return refusal("folder", tmp_path / "d", test_list=tmp_path / "list.txt")
+    frames = refused("v/run/v0.mp4 120 0", "v/walk/v0.mp4 80 1")
+    assert "none of its 2 videos" in frames and "v/run/v0.mp4 120: " in frames and "number of frames" in frames
+    assert "1 of 2 classes have no videos (b), such as v/walk/v0.mp4 80" in refused(
+        "v/run/v0.mp4 0", "v/walk/v0.mp4 80 1")
+    assert "such as /other/v/run/v0.mp4: " in refused("/other/v/run/v0.mp4 0", "/other/v/walk/v0.mp4 1")
+    assert "such as v/run/v0.avi: " in refused("v/run/v0.avi 0", "v/walk/v0.avi 1")
+    (tmp_path / "list.txt").write_text(f"v\\run\\v0.mp4 0\n{tmp_path}/d/v/walk/v1.mp4 1\nv/walk/gone.mp4 1\n")
+    (videos,) = data.load_tests("folder", tmp_path / "d", test_list=tmp_path / "list.txt").values()
+    assert [Path(path).is_file() for path in videos.paths] == [True, True, False]
+    assert videos.notes == ("list.txt: 1 of 3 videos are missing, such as v/walk/gone.mp4; they count as unreadable",)
+
+
+def test_names_are_printed_safely(tmp_path):
+    assert data.quoted("a\x1b[31m\nb\u202e\udcff") == "a\\x1b[31m\\x0ab\\x202e\\xdcff"
+    assert data.quoted("x" * 10 ** 6 + "end", 20) == "xxxxxxxx...xxxxxend"
+    assert data.some(["a", "b", "c"]) == "a, b, c" and data.some("abcd", 2) == "a, b, ..."
+    (tmp_path / "list.txt").write_text("\x1b[31m" + "y" * 10 ** 6 + "\n")
+    own_folders(tmp_path / "d")
+    labels_csv(tmp_path / "d" / "labels.csv", ["a", "b"])
+    assert "\\x1b[31m" in refusal("folder", tmp_path / "d", test_list=tmp_path / "list.txt")
+    touch(tmp_path, "e/train/a\x1b[31m/1.mp4", "e/test/b/1.mp4")
+    assert "(b)" in refusal("supervised", "folder", tmp_path / "e", 1, 0)
+    name = os.fsdecode(b"caf\xe9")
+    touch(tmp_path, f"f/train/{name}/1.mp4", f"f/test/{name}/1.mp4")
+    assert "caf\\xdce9 is not named in UTF-8: rename it" in refusal("supervised", "folder", tmp_path / "f", 1, 0)
+
+
+# ---- half unpacked archives ----
+
+def test_archives_that_are_half_unpacked(tmp_path):
+    archives.hmdb51(tmp_path, classes=10)
+    for action in archives.ACTIONS[3:]:
+        shutil.rmtree(tmp_path / action)
+    left = "7 of 10 classes have no videos (brush hair, climb, climb stairs, ...)"
+    for arguments in (("hmdb51", tmp_path), ("fewshot", "hmdb51", tmp_path, 1, 0)):
+        assert left in refusal(*arguments) and "unpack them there" in refusal(*arguments)
+    touch(tmp_path, "rars/climb.rar", "rars/flic_flac.rar")
+    assert "unpack rars/climb.rar, rars/flic_flac.rar with `unrar x`" in refusal("hmdb51", tmp_path)
+    for action in archives.ACTIONS[:3]:
+        shutil.rmtree(tmp_path / action)
+    assert "none of its 10 videos" in refusal("hmdb51", tmp_path) and "unrar x" in refusal("hmdb51", tmp_path)
+    touch(tmp_path, "k400/a.tar.gz")
+    assert "k400/val.csv is missing" in refusal("k400", tmp_path / "k400")
+
+
+def test_missing_kinetics_videos_are_counted(tmp_path):
+    archives.k400(tmp_path, classes=3, train=20, test=2, absent=2)
+    train, tests = data.load_protocol("supervised", "k400", tmp_path, 2, 0)
+    assert len(train.absent) == 2 and train.notes == ()  # 2 of 65
+    (note,) = tests["val"].notes  # 2 of 8
+    assert note.startswith("val.csv: 2 of 8 videos are missing, such as ") and "do not compare" in note
+    assert (train.source, tests["val"].source) == ("train.csv", "val.csv")
+
+
+# ---- the lists as they are published ----
+
+def official(root):
+    """The folders datasets_splits and labels of the official repository, as far as they are here."""
+    if not (LISTS / "published" / "base2novel_splits").is_dir():
+        pytest.skip("the published lists (../shared/lists) are not here")
+    lists = LISTS / "published"
+    for mine, theirs in (("hmdb51", "hmdb_splits"), ("ucf101", "ucf_splits"), ("ssv2", "ssv2_splits")):
+        shutil.copytree(lists / mine, root / "datasets_splits" / theirs)
+    (root / "datasets_splits" / "ssv2_splits" / "validation_head3000.txt").chmod(0o644)
+    os.rename(root / "datasets_splits" / "ssv2_splits" / "validation_head3000.txt",
+              root / "datasets_splits" / "ssv2_splits" / "validation.txt")
+    shutil.copytree(lists / "base2novel_splits", root / "datasets_splits" / "base2novel_splits")
+    shutil.copytree(lists / "labels", root / "labels")
+    return root
+
+
+def empty_videos(root, folder):
+    """An empty file for every video in the lists of a folder."""
+    (root / "videos").mkdir()
+    for path in folder.glob("**/*.txt"):
+        for line in path.read_text().splitlines():
+            (root / "videos" / Path(line.rpartition(" ")[0]).name).touch()
+
+
+@pytest.mark.parametrize("dataset, short", [("hmdb51", "hmdb"), ("ucf101", "ucf")])
+def test_the_official_folders_laid_into_a_data_folder(tmp_path, dataset, short):
+    root = official(tmp_path)
+    for splits in ("datasets_splits", "datasets_splits/base2novel_splits"):
+        (root / "v").mkdir(exist_ok=True)
+        for path in (root / splits / f"{short}_splits").glob("*.txt"):
+            for line in path.read_text().splitlines():
+                (root / "v" / Path(line.rpartition(" ")[0]).name).touch()
+    tests = data.load_tests(dataset, root)
+    for i, videos in enumerate(tests.values(), 1):
+        right = {"kick": "kick ball", "kick ball": "kick", "sword": "sword exercise", "sword exercise": "sword"}
+        assert videos.source == f"val{i}.txt" and as_named(videos) == {
+            name: right.get(label, label) for name, label in published_list(dataset, f"val{i}.txt").items()}
+    train, _ = data.load_protocol("fewshot", dataset, root, 2, 1024)
+    assert train.source == "train1_few_shot_2.txt"
+    truth = as_named(tests["split1"])
+    drawn = []
+    for seed in (1, 2, 3, 1024):
+        train, halves = data.load_protocol("base2novel", dataset, root, 16, seed)
+        assert train.source == (f"fs_base_s{seed}_train.txt" if seed < 4 else "drawn with seed 1024 from base_train.txt")
+        assert np.bincount(train.labels).tolist() == [16] * len(train.classes) and train.classes == halves["base"].classes
+        for half, videos in halves.items():
+            assert videos.source == f"{half}_val.txt"
+            assert as_named(videos) == {name: label for name, label in truth.items() if label in videos.classes}
+            assert data.load_tests(dataset, root, half=half) == {half: videos}
+        drawn.append({*train.paths})
+        for path, label in zip(train.paths, train.labels):
+            name = train.classes[label].replace(" ", "_")
+            assert dataset != "hmdb51" or f"_{name}_" in Path(path).name  # sword and sword exercise are put right
+    assert len({frozenset(paths) for paths in drawn}) == 4
+    few, _ = data.load_protocol("base2novel", dataset, root, 4, 1)  # no list of 4
+    assert few.source == "drawn with seed 1 from base_train.txt" and len(few.paths) == 4 * len(few.classes)
+    if dataset == "hmdb51":
+        train, halves = data.load_protocol("base2novel", dataset, root, 16, 1, labels="llm")
+        assert owner_by_name(train)["sword_exercise"].startswith("Sword exercise: ")
+        assert owner_by_name(halves["novel"])["kick_ball"].startswith("Kick ball: ")
+        whole = data.load_tests(dataset, root, labels="llm")["split1"]
+        assert owner_by_name(whole)["kick"].startswith("Kick: ") and len(whole.classes) == 51
+        (root / "labels" / "labels_froster" / "hmdb_51_novel_llm_labels.json").unlink()  # then the whole set's
+        assert data.load_tests(dataset, root, labels="llm", half="novel")["novel"].classes == halves["novel"].classes
+
+
+def owner_by_name(videos):
+    """{action in a HMDB-51 file's name: class name}."""
+    actions = [re.search(r"_([a-z_]+)_[fhlu]_[a-z]+_np\d", Path(path).name) for path in videos.paths]
+    found = {}
+    for action, label in zip(actions, videos.labels):
+        name = action[1]
+        for known in ("kick_ball", "sword_exercise", "kick", "sword"):
+            if name.endswith(known):
+                found.setdefault(known, videos.classes[label])
+                break
+    return found
+
+
+def test_ssv2_as_published(tmp_path):
+    root = official(tmp_path)
+    touch(root, *(f"v/{line.split()[0]}" for path in root.glob("datasets_splits/**/ssv2_splits/*.txt")
+                  for line in path.read_text().splitlines()))
+    names = data.read_labels(LISTS / "published" / "labels" / "ssv2_labels.csv")
+    (tests,) = data.load_tests("ssv2", root).values()
+    assert tests.classes == names and tests.source == "validation.txt" and len(tests.paths) == 3000
+    train, _ = data.load_protocol("fewshot", "ssv2", root, 16, 0)
+    assert (train.source, len(train.paths)) == ("train1_few_shot_16.txt", 16 * 174)
+    train, halves = data.load_protocol("base2novel", "ssv2", root, 16, 2)
+    assert train.source == "fs_base_s2_train.txt" and len(train.paths) == 16 * 87 and len(halves["novel"].classes) == 87
+    assert train.classes == halves["base"].classes == data.read_labels(root / "labels" / "ssv2_174_base_labels.csv")
+    assert halves["base"].source == halves["novel"].source == "validation.txt"
+
+
+def test_k600_names_by_llm(tmp_path):
+    archives.k600(tmp_path, classes=3)
+    for i in (1, 2, 3):
+        names = data.read_labels(tmp_path / "lists" / f"ZS_split{i}_K600.csv")
+        (tmp_path / f"ZS_split{i}_K600_llm.json").write_text(
+            json.dumps({str(j): f"{name.capitalize()}: in this video, ..." for j, name in enumerate(names)}))
+    plain = data.load_tests("k600", tmp_path)
+    for name, videos in data.load_tests("k600", tmp_path, labels="llm").items():
+        assert videos.classes == tuple(f"{own.capitalize()}: in this video, ..." for own in plain[name].classes)
+        assert videos.labels == plain[name].labels
+    assert "no halves" in refusal("k600", tmp_path, half="base")
+
+
+def test_halves_and_their_files(tmp_path):
+    archives.ucf101(tmp_path, classes=4, train=2, test=2)
+    train, halves = data.load_protocol("base2novel", "ucf101", tmp_path, 1, 0)
+    for half in ("base", "novel"):
+        assert data.load_tests("ucf101", tmp_path, half=half) == {half: halves[half]}
+    (tmp_path / "base.txt").write_text("YoYo\nTaiChi\n")
+    train, halves = data.load_protocol("base2novel", "ucf101", tmp_path, 1, 0, base=tmp_path / "base.txt")
+    assert train.classes == halves["base"].classes == ("YoYo", "TaiChi") and "ApplyEyeMakeup" in halves["novel"].classes
+    assert data.load_tests("ucf101", tmp_path, half="novel", base=tmp_path / "base.txt") == {"novel": halves["novel"]}
+    for lines in ("YoYo\nJuggling\n", "YoYo\nTaiChi\nHandstandPushups\nApplyEyeMakeup\n"):
+        (tmp_path / "base.txt").write_text(lines)
+        assert "base.txt: it must name some of the classes" in refusal(
+            "base2novel", "ucf101", tmp_path, 1, 0, base=tmp_path / "base.txt")
+    own_folders(tmp_path / "own", ("a", "b", "c"), videos=3)
+    (tmp_path / "own.txt").write_text("c\na\n")
+    train, halves = data.load_protocol("base2novel", "folder", tmp_path / "own", 2, 0, base=tmp_path / "own.txt")
+    assert train.classes == ("c", "a") and halves["novel"].classes == ("b",) and len(train.paths) == 4
+
+
+# ---- what a model was trained on, and what it is chosen on ----
+
+def test_training_videos_are_left_out_of_a_test(tmp_path):
+    root = tmp_path / "mine"
+    for name in ("walk", "run"):
+        for i in range(5):
+            touch(root, f"{name}/{i}.mp4")
+            (root / name / f"{i}.mp4").write_bytes(b"x" * (i + 1))
+    train, tests = data.load_protocol("fewshot", "folder", root, 2, 7)
+    assert train.source == "drawn with seed 7 from mine/"
+    keys = data.keys_of(train)
+    assert len({*keys}) == 4 and all(key.split("/")[0] in ("walk", "run") for key in keys)
+    (left,) = data.load_tests("folder", root, leave_out=keys).values()
+    assert left == tests["test"] and left.notes[-1].startswith("4 of 10 videos are left out")
+    shutil.move(root, tmp_path / "elsewhere")
+    (left,) = data.load_tests("folder", tmp_path / "elsewhere", leave_out=keys).values()
+    assert len(left.paths) == 6
+    (tmp_path / "elsewhere" / "walk" / "0.mp4").write_bytes(b"another video")
+    (left,) = data.load_tests("folder", tmp_path / "elsewhere", leave_out=keys).values()
+    assert len(left.paths) in (6, 7)
+    everything = data.keys_of(data.class_folders(tmp_path / "elsewhere"))
+    assert "trained on all of its videos" in refusal("folder", tmp_path / "elsewhere", leave_out=everything)
+    (whole,) = data.load_tests("folder", tmp_path / "elsewhere", leave_out=["other/0.mp4 1"]).values()
+    assert len(whole.paths) == 10 and not whole.notes
+
+
+def test_the_set_on_which_the_best_epoch_is_chosen(tmp_path):
+    own_folders(tmp_path, sets=("train", "val", "test"))
+    _, tests = data.load_protocol("supervised", "folder", tmp_path, 1, 0)
+    assert list(tests) == ["test", "val"] and data.validation_set(tests) == "val"
+    shutil.rmtree(tmp_path / "val")
+    _, tests = data.load_protocol("supervised", "folder", tmp_path, 1, 0)
+    assert data.validation_set(tests) == "test"
+    shutil.rmtree(tmp_path / "train")
+    assert "no train/<class>" in refusal("fewshot", "folder", tmp_path, 1, 0)
