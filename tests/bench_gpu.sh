@@ -14,7 +14,7 @@ python="$(command -v python3 || command -v python)"
 if ! "$python" -c "import av, tqdm" 2>/dev/null; then
     packages="$(mktemp -d)"
     trap 'rm -rf "$packages"' EXIT
-    "$python" -m pip install --quiet --target "$packages" --no-deps "av>=18.1" tqdm
+    "$python" -m pip install --quiet --target "$packages" --no-deps "av>=18.1,<19" tqdm
     export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
 fi
 PYTHONUNBUFFERED=1 "$python" tests/bench_gpu.py $tiny 2>&1 | tee "$page"
