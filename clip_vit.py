@@ -660,6 +660,7 @@ class TextCache(nn.Module):
     def __init__(self, clip):
         super().__init__()
         self.value = self.made_under = None
+        self.once = None  # a TextOnce within an optimiser step that shares its text
         for module in (self, clip):
             module.register_load_state_dict_pre_hook(self.drop)
 
@@ -691,11 +692,75 @@ class TextCache(nn.Module):
             return self.value
         if not frozen and (self.training or torch.is_grad_enabled()):
             self.drop()  # the weights are likely to change now
-            return compute()
+            return compute() if self.once is None else self.once.text(compute)
         if self.value is None or self.made_under != autocast_state():
             with torch.inference_mode(False), torch.no_grad():  # a tensor that autograd may use
                 self.keep(compute())
         return self.value
+
+
+class TextOnce:
+    """The text of an optimiser step, computed once for all of its micro-batches. [ours, exact]
+
+    Plainly, each micro-batch computes the text and its backward pass goes through the text tower.
+    But within a step no weight changes. So the micro-batches before the last take the text's values
+    as leaves, in which their gradients add up; the last one takes the text itself and ends with
+
+        backward([loss, text], [1, sum of the leaves' gradients])
+
+    tests/test_text_once.py proves the gradients equal. It is one call because DDP takes a weight's
+    first gradient for the whole, and the last text block's weights are used on both sides. The
+    text's graph is kept from the first micro-batch to the last.
+    """
+
+    def __init__(self):
+        self.last = True  # whether this micro-batch is the step's last
+        self.made = None  # the text, a tensor or a named tuple of tensors
+        self.leaves = []  # a leaf for each of its tensors
+
+    def tensors(self):
+        """The text's tensors as a list."""
+        return [self.made] if torch.is_tensor(self.made) else list(self.made)
+
+    def text(self, compute):
+        """What compute() gives for the last micro-batch, leaves of the same values for the others."""
+        if self.made is None:
+            self.made = compute()
+            for tensor in self.tensors():
+                leaf = tensor.detach()
+                leaf = leaf.to(torch.promote_types(leaf.dtype, torch.float32))  # for exact sums
+                self.leaves.append(leaf.requires_grad_(tensor.requires_grad))
+        if self.last:
+            return self.made
+        given = [leaf.to(tensor.dtype) for leaf, tensor in zip(self.leaves, self.tensors())]
+        return given[0] if torch.is_tensor(self.made) else self.made._make(given)
+
+    def backward(self, loss):
+        """The backward pass of this micro-batch; the last one's ends the step."""
+        outputs, gradients = [loss], [None]
+        if self.last and self.made is not None:
+            for tensor, leaf in zip(self.tensors(), self.leaves):
+                if leaf.grad is not None:
+                    outputs.append(tensor)
+                    gradients.append(leaf.grad.to(tensor.dtype))
+        torch.autograd.backward(outputs, gradients)
+
+
+@contextlib.contextmanager
+def text_once(model):
+    """The context of an optimiser step whose micro-batches share the text; gives a TextOnce.
+
+    Set its `last` before each forward pass and call its `backward(loss)` afterwards.
+    """
+    once = TextOnce()
+    caches = [module for module in model.modules() if isinstance(module, TextCache)]
+    for cache in caches:
+        cache.once = once
+    try:
+        yield once
+    finally:
+        for cache in caches:
+            cache.once = None
 
 
 # ---- frame pooling -------------------------------------------------------------------------------

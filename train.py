@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation  # `eval` is a builtin
-from clip_vit import Block, clip_facts, knob, load_clip, read_checkpoint
+from clip_vit import Block, clip_facts, knob, load_clip, read_checkpoint, text_once
 
 try:
     import fcntl
@@ -718,20 +718,22 @@ def train_step(run, loader, micro_batches, videos):
     torch.manual_seed((recipe.seed * 1_000_003 + step) * 1024 + rank)
     sums = 0
     errors = []
-    for i, micro_batch in enumerate(micro_batches, 1):
-        clips, labels, weights, bad = next(loader)
-        errors += bad
-        if clips is None:
-            raise ValueError("ten training videos in a row cannot be read: " + "; ".join(bad))
-        own = draw_mixing(recipe, micro_batch, run.training.views.size)
-        together = contextlib.nullcontext()
-        if world > 1 and i < len(micro_batches):
-            together = run.wrapped.no_sync()  # gradients cross the network once, at the last
-        with together:
-            part = forward_sums(run, clips, labels, weights, own)
-            loss = part[:2].sum() * world / videos  # DDP takes the mean over processes
-            run.scaler.scale(loss).backward()
-        sums = sums + part.detach()
+    with text_once(run.model) as text:
+        for i, micro_batch in enumerate(micro_batches, 1):
+            clips, labels, weights, bad = next(loader)
+            errors += bad
+            if clips is None:
+                raise ValueError("ten training videos in a row cannot be read: " + "; ".join(bad))
+            own = draw_mixing(recipe, micro_batch, run.training.views.size)
+            text.last = i == len(micro_batches)
+            together = contextlib.nullcontext()
+            if world > 1 and not text.last:
+                together = run.wrapped.no_sync()  # gradients cross the network once, at the last
+            with together:
+                part = forward_sums(run, clips, labels, weights, own)
+                loss = part[:2].sum() * world / videos  # DDP takes the mean over processes
+                text.backward(run.scaler.scale(loss))
+            sums = sums + part.detach()
     if recipe.clip_grad:
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_grad)
