@@ -704,15 +704,37 @@ def forward_sums(run, clips, labels, weights, own):
     return torch.stack([weights @ losses, count * aux.float(), count])
 
 
+def add_gradients(run, loader, micro_batch, videos, text):
+    """Reads a micro-batch of a step of so many videos and adds its gradients to the weights'.
+
+    `text` is the step's TextOnce. Returns the sums over this process's videos of (loss, auxiliary
+    loss, 1), and the reading errors.
+    """
+    _, world = data.rank_and_world()
+    clips, labels, weights, errors = next(loader)
+    if clips is None:
+        raise ValueError("ten training videos in a row cannot be read: " + "; ".join(errors))
+    own = draw_mixing(run.recipe, micro_batch, run.training.views.size)
+    together = contextlib.nullcontext()
+    if world > 1 and not text.last:
+        together = run.wrapped.no_sync()  # gradients cross the network once, at the last
+    with together:
+        sums = forward_sums(run, clips, labels, weights, own)
+        loss = sums[:2].sum() * world / videos  # DDP takes the mean over processes
+        text.backward(run.scaler.scale(loss))
+    return sums.detach(), errors
+
+
 def train_step(run, loader, micro_batches, videos):
     """One optimiser step over this process's micro-batches, see epoch_batches, read by the loader.
 
     Its gradient is that of the mean loss over the step's `videos`, a number, those of all
-    processes, however they are cut up. Returns the sums over this process's videos of (loss,
-    auxiliary loss, 1), and the reading errors.
+    processes, however they are cut up. The text tower runs once, whatever the number of
+    micro-batches. Returns the sums over this process's videos of (loss, auxiliary loss, 1), and the
+    reading errors.
     """
     recipe = run.recipe
-    rank, world = data.rank_and_world()
+    rank, _ = data.rank_and_world()
     step = run.progress["step"]
     # dropout is seeded by the step, so that no random state has to be saved
     torch.manual_seed((recipe.seed * 1_000_003 + step) * 1024 + rank)
@@ -720,20 +742,10 @@ def train_step(run, loader, micro_batches, videos):
     errors = []
     with text_once(run.model) as text:
         for i, micro_batch in enumerate(micro_batches, 1):
-            clips, labels, weights, bad = next(loader)
-            errors += bad
-            if clips is None:
-                raise ValueError("ten training videos in a row cannot be read: " + "; ".join(bad))
-            own = draw_mixing(recipe, micro_batch, run.training.views.size)
             text.last = i == len(micro_batches)
-            together = contextlib.nullcontext()
-            if world > 1 and not text.last:
-                together = run.wrapped.no_sync()  # gradients cross the network once, at the last
-            with together:
-                part = forward_sums(run, clips, labels, weights, own)
-                loss = part[:2].sum() * world / videos  # DDP takes the mean over processes
-                text.backward(run.scaler.scale(loss))
-            sums = sums + part.detach()
+            part, bad = add_gradients(run, loader, micro_batch, videos, text)
+            sums = sums + part
+            errors += bad
     if recipe.clip_grad:
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_grad)

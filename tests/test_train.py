@@ -195,7 +195,11 @@ def test_two_processes_give_the_weights_of_one(world, tmp_path):
     done = command("train.py", *arguments(world, tmp_path / "two"), processes=2)
     assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert max(float((one[k].float() - two[k].float()).abs().max()) for k in one) < 1e-5
+    for name in one:
+        difference = (one[name].float() - two[name].float()).abs()
+        if name.endswith("in_proj_bias"):  # no softmax sees the keys' biases: their gradient is rounding,
+            difference = difference.view(3, -1)[[0, 2]]  # of which AdamW makes steps of full length
+        assert difference.max() < 1e-5, name
     results = [json.loads((tmp_path / n / "results.json").read_text())["tests"] for n in ("one", "two")]
     for name in results[0]:  # the same model was tested: a rounding may turn one or two videos of this random CLIP
         assert abs(results[0][name]["top1"] - results[1][name]["top1"]) <= 2 / results[0][name]["videos"]
