@@ -3,8 +3,8 @@
     image -> patches -> pre-norm transformer -> class token -> joint space
     text  -> tokens  -> the same, causal     -> end token   -> joint space: cosines are compared
 
-Sections: tokenizer; towers; image towers without text; what the video models share; frame pooling;
-weights from disk. A reader who wants the model begins with the towers.
+Sections: downloads; tokenizer; towers; what the video models share; frame pooling; weights from
+disk. A reader who wants the models begins with the towers and ends with frame pooling.
 
 Parameter names are the keys of OpenAI's state_dict, so weights load strictly and need no table of
 names. All sizes are read off the tensors; what no tensor tells (activation, head width) is an
@@ -59,6 +59,47 @@ OPENAI_MODELS = {  # name: (SHA-256, file), https://github.com/openai/CLIP/blob/
 MERGES_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 BYTES = 514  # size of a vocabulary without merges: 256 bytes, 256 bytes at a word's end, start, end
+
+
+# ---- downloads -----------------------------------------------------------------------------------
+
+TIMEOUT = 60  # seconds without an answer end a download
+
+
+def cache_folder():
+    """OpenAI's own cache folder, ~/.cache/clip."""
+    try:
+        return Path.home() / ".cache" / "clip"
+    except RuntimeError as error:
+        raise ValueError("there is no home folder for downloads: set HOME, or give files, "
+                         "--clip FILE --merges FILE") from error
+
+
+def cached(url, sha256, folder=None):
+    """Path of a file in the cache folder, which is downloaded and checked if it is not there.
+
+    Downloads go to a file of their own, which then takes the name: several processes do not meet.
+    Raises ValueError that says what went wrong and what to do by hand.
+    """
+    folder = Path(folder or cache_folder())
+    target = folder / url.rsplit("/", 1)[-1]
+    if target.is_file():
+        return target
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for partial in folder.glob(f"{target.name}.*.partial"):
+            if time.time() - partial.stat().st_mtime > 24 * 3600:  # of a download that was killed
+                partial.unlink(missing_ok=True)
+        torch.hub.download_url_to_file(url, str(target), hash_prefix=sha256)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        flag = "--merges" if url == MERGES_URL else "--clip"
+        raise ValueError(f"cannot download {target.name} ({error!s:.60}): get {url} by hand, then "
+                         f"give {flag} FILE or put it in {folder}") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return target
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
@@ -447,16 +488,6 @@ class CLIP(nn.Module):
         return ids.to(self.positional_embedding.device)
 
 
-# ---- image towers without text -------------------------------------------------------------------
-
-TIMM_NAMES = (  # timm's name as a regular expression, ours; applied in this order
-    (r"^cls_token$", "class_embedding"), (r"^pos_embed$", "positional_embedding"),
-    (r"^patch_embed\.proj\.", "conv1."), (r"^norm\.", "ln_post."),
-    (r"^blocks\.", "transformer.resblocks."), (r"\.norm([12])\.", r".ln_\1."),
-    (r"\.attn\.qkv\.", ".attn.in_proj_"), (r"\.attn\.proj\.", ".attn.out_proj."),
-    (r"\.mlp\.fc1\.", ".mlp.c_fc."), (r"\.mlp\.fc2\.", ".mlp.c_proj."))
-
-
 class VisionOnly(nn.Module):
     """An image tower without a text tower, such as an ImageNet-21k ViT, in the place of a CLIP.
 
@@ -479,102 +510,6 @@ def require_text(clip, method):
                          "tower; ILA with num_classes runs on them")
 
 
-def from_timm(state):
-    """A state_dict of timm's ViT -> {OpenAI's key: tensor}; the classifier's head is left out."""
-    tower = {}
-    for key, value in state.items():
-        if key.startswith(("head.", "pre_logits.")):
-            continue
-        if key in ("cls_token", "pos_embed"):
-            value = value.squeeze(0)  # (n,D), n = 1 or N
-        for theirs, ours in TIMM_NAMES:
-            key = re.sub(theirs, ours, key)
-        tower[f"visual.{key}"] = value.squeeze(0) if key == "class_embedding" else value
-    return tower
-
-
-def from_google(state):
-    """The arrays of Google's ViT .npz as tensors -> {OpenAI's key: tensor}, without the head.
-
-    Its kernels are stored as (in, out): (p,p,3,D) for patches, (D,H,d) for queries, keys and
-    values, (H,d,D) for their output.
-    """
-    tower = {"visual.class_embedding": state["cls"].flatten(),
-             "visual.positional_embedding": state["Transformer/posembed_input/pos_embedding"][0],
-             "visual.conv1.weight": state["embedding/kernel"].permute(3, 2, 0, 1),
-             "visual.conv1.bias": state["embedding/bias"],
-             "visual.ln_post.weight": state["Transformer/encoder_norm/scale"],
-             "visual.ln_post.bias": state["Transformer/encoder_norm/bias"]}
-    layers = len({key.split("/")[1] for key in state if "/encoderblock_" in key})
-    for i in range(layers):
-        theirs, ours = f"Transformer/encoderblock_{i}/", f"visual.transformer.resblocks.{i}."
-        attention = theirs + "MultiHeadDotProductAttention_1/"
-        parts = ("query", "key", "value")
-        weights = [state[f"{attention}{part}/kernel"].flatten(1).T for part in parts]  # (D,D) each
-        biases = [state[f"{attention}{part}/bias"].flatten() for part in parts]  # (D,) each
-        tower[ours + "attn.in_proj_weight"] = torch.cat(weights)
-        tower[ours + "attn.in_proj_bias"] = torch.cat(biases)
-        tower[ours + "attn.out_proj.weight"] = state[attention + "out/kernel"].flatten(0, 1).T
-        tower[ours + "attn.out_proj.bias"] = state[attention + "out/bias"]
-        for name, norm in (("ln_1", "LayerNorm_0"), ("ln_2", "LayerNorm_2")):
-            tower[f"{ours}{name}.weight"] = state[f"{theirs}{norm}/scale"]
-            tower[f"{ours}{name}.bias"] = state[f"{theirs}{norm}/bias"]
-        for name, dense in (("c_fc", "Dense_0"), ("c_proj", "Dense_1")):
-            tower[f"{ours}mlp.{name}.weight"] = state[f"{theirs}MlpBlock_3/{dense}/kernel"].T
-            tower[f"{ours}mlp.{name}.bias"] = state[f"{theirs}MlpBlock_3/{dense}/bias"]
-    return {key: value.contiguous() for key, value in tower.items()}
-
-
-def vision_sizes(state):
-    """The image tower's arguments of CLIP(...), read off the shapes of OpenAI's keys."""
-    prefix = "visual.transformer.resblocks."
-    needed = ("visual.conv1.weight", "visual.positional_embedding", prefix + "0.mlp.c_fc.weight")
-    missing = [key for key in needed if key not in state]
-    if missing:
-        raise ValueError(f"not the weights of an image tower: no {', '.join(missing)}")
-    width, _, patch, _ = state["visual.conv1.weight"].shape
-    grid = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
-    layers = len({key.split(".")[3] for key in state if key.startswith(prefix)})
-    return dict(resolution=grid * patch, patch=patch, vision_width=width, vision_layers=layers,
-                vision_mlp_width=state[prefix + "0.mlp.c_fc.weight"].shape[0])
-
-
-def has_no_text(state):
-    """Whether a state_dict is an image tower only, in timm's, Google's or OpenAI's layout."""
-    if "patch_embed.proj.weight" in state or "embedding/kernel" in state:
-        return True
-    return len(state) > 0 and all(key.startswith("visual.") for key in state)
-
-
-def vision_only(state, activation=None, head_width=None):
-    """VisionOnly from a state_dict that has_no_text, loaded strictly.
-
-    A tower without ln_pre is an image classifier's: exact GELU and eps 1e-6; otherwise CLIP's.
-    """
-    if "embedding/kernel" in state:
-        query = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
-        try:
-            state, head_width = from_google(state), state[query].shape[2]
-        except KeyError as error:
-            raise ValueError(f"not a ViT in Google's layout: no {error}") from error
-    elif "patch_embed.proj.weight" in state:
-        state = from_timm(state)
-    sizes = vision_sizes(state)
-    width = sizes["vision_width"]
-    from_clip = "visual.ln_pre.weight" in state
-    eps = 1e-5 if from_clip else 1e-6
-    activation = activation or ("quick_gelu" if from_clip else "gelu")
-    embed = state["visual.proj"].shape[1] if "visual.proj" in state else None
-    with torch.device("meta"):  # no memory, no random numbers: each tensor comes from the state
-        blocks = [Block(width, sizes["vision_mlp_width"], known_head_width(width, head_width),
-                        activation, eps) for _ in range(sizes["vision_layers"])]
-        tower = VisionOnly(VisionTransformer(
-            sizes["resolution"], sizes["patch"], width, embed, blocks,
-            patch_bias="visual.conv1.bias" in state, pre_norm=from_clip, eps=eps))
-    load_strictly(tower, state)
-    return tower
-
-
 # ---- what the video models share -----------------------------------------------------------------
 
 def knob(default, help):
@@ -590,6 +525,13 @@ def split_capitals(name):
     return re.sub(" +", " ", re.sub("([A-Z])", r" \1", name)).strip()
 
 
+def full_precision(device):
+    """A context without autocast: products keep the precision of their factors. A device's type."""
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 def cosine_logits(video, text, logit_scale):
     """exp(s) cos(video, text): video (B,E), text (C,E) or (B,C,E) -> logits (B,C).
 
@@ -600,7 +542,7 @@ def cosine_logits(video, text, logit_scale):
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         video = video.to(torch.promote_types(video.dtype, torch.float32))
         text = text.to(torch.promote_types(text.dtype, torch.float32))
-        with torch.autocast(device, enabled=False):
+        with full_precision(device):
             return cosine_logits(video, text, logit_scale)
     video, text = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
     if text.dim() == 2:
@@ -633,13 +575,6 @@ def class_features(clip, tokens):
     if len(features) == 1:
         return features[0]
     return torch.stack([F.normalize(one, dim=-1) for one in features]).mean(dim=0)
-
-
-def full_precision(device):
-    """A context without autocast: products keep the precision of their factors. A device's type."""
-    if not torch.amp.is_autocast_available(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def autocast_state():
@@ -1143,43 +1078,6 @@ def read_checkpoint(path):
 FOLDER_FILES = (  # of a folder the first that is there
     "best.pt", "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin")
-TIMEOUT = 60  # seconds without an answer end a download
-
-
-def cache_folder():
-    """OpenAI's own cache folder, ~/.cache/clip."""
-    try:
-        return Path.home() / ".cache" / "clip"
-    except RuntimeError as error:
-        raise ValueError("there is no home folder for downloads: set HOME, or give files, "
-                         "--clip FILE --merges FILE") from error
-
-
-def cached(url, sha256, folder=None):
-    """Path of a file in the cache folder, which is downloaded and checked if it is not there.
-
-    Downloads go to a file of their own, which then takes the name: several processes do not meet.
-    Raises ValueError that says what went wrong and what to do by hand.
-    """
-    folder = Path(folder or cache_folder())
-    target = folder / url.rsplit("/", 1)[-1]
-    if target.is_file():
-        return target
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for partial in folder.glob(f"{target.name}.*.partial"):
-            if time.time() - partial.stat().st_mtime > 24 * 3600:  # of a download that was killed
-                partial.unlink(missing_ok=True)
-        torch.hub.download_url_to_file(url, str(target), hash_prefix=sha256)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        flag = "--merges" if url == MERGES_URL else "--clip"
-        raise ValueError(f"cannot download {target.name} ({error!s:.60}): get {url} by hand, then "
-                         f"give {flag} FILE or put it in {folder}") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return target
 
 
 def find_weights(source):
@@ -1196,6 +1094,137 @@ def find_weights(source):
     if not path.is_file():
         raise ValueError(f"{source}: no such file or folder, nor one of {', '.join(OPENAI_MODELS)}")
     return path
+
+
+# ---- weights from disk: image towers without text
+
+TIMM_NAMES = (  # timm's name as a regular expression, ours; applied in this order
+    (r"^cls_token$", "class_embedding"), (r"^pos_embed$", "positional_embedding"),
+    (r"^patch_embed\.proj\.", "conv1."), (r"^norm\.", "ln_post."),
+    (r"^blocks\.", "transformer.resblocks."), (r"\.norm([12])\.", r".ln_\1."),
+    (r"\.attn\.qkv\.", ".attn.in_proj_"), (r"\.attn\.proj\.", ".attn.out_proj."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."), (r"\.mlp\.fc2\.", ".mlp.c_proj."))
+
+
+def check_fit(model, state):
+    """Raises ValueError that names the first keys of a state_dict that are missing, unknown,
+    misshapen or not finite."""
+    own = model.state_dict()
+    both = [key for key in own if key in state]
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unknown": [key for key in state if key not in own],
+        "of another shape": [key for key in both if own[key].shape != state[key].shape],
+        "not finite": [key for key in both if not state[key].isfinite().all()]}
+    found = []
+    for problem, keys in problems.items():
+        if keys:
+            more = " ..." if len(keys) > 2 else ""
+            found.append(f"{', '.join(keys[:2]):.100}{more} {problem}")
+    if found:
+        raise ValueError(f"the weights do not fit: {'; '.join(found)}")
+
+
+def load_strictly(model, state):
+    """Makes the tensors of a state_dict a model's own. Raises ValueError if they do not fit."""
+    check_fit(model, state)
+    model.load_state_dict(state, assign=True)
+
+
+def from_timm(state):
+    """A state_dict of timm's ViT -> {OpenAI's key: tensor}; the classifier's head is left out."""
+    tower = {}
+    for key, value in state.items():
+        if key.startswith(("head.", "pre_logits.")):
+            continue
+        if key in ("cls_token", "pos_embed"):
+            value = value.squeeze(0)  # (n,D), n = 1 or N
+        for theirs, ours in TIMM_NAMES:
+            key = re.sub(theirs, ours, key)
+        tower[f"visual.{key}"] = value.squeeze(0) if key == "class_embedding" else value
+    return tower
+
+
+def from_google(state):
+    """The arrays of Google's ViT .npz as tensors -> {OpenAI's key: tensor}, without the head.
+
+    Its kernels are stored as (in, out): (p,p,3,D) for patches, (D,H,d) for queries, keys and
+    values, (H,d,D) for their output.
+    """
+    tower = {"visual.class_embedding": state["cls"].flatten(),
+             "visual.positional_embedding": state["Transformer/posembed_input/pos_embedding"][0],
+             "visual.conv1.weight": state["embedding/kernel"].permute(3, 2, 0, 1),
+             "visual.conv1.bias": state["embedding/bias"],
+             "visual.ln_post.weight": state["Transformer/encoder_norm/scale"],
+             "visual.ln_post.bias": state["Transformer/encoder_norm/bias"]}
+    layers = len({key.split("/")[1] for key in state if "/encoderblock_" in key})
+    for i in range(layers):
+        theirs, ours = f"Transformer/encoderblock_{i}/", f"visual.transformer.resblocks.{i}."
+        attention = theirs + "MultiHeadDotProductAttention_1/"
+        parts = ("query", "key", "value")
+        weights = [state[f"{attention}{part}/kernel"].flatten(1).T for part in parts]  # (D,D) each
+        biases = [state[f"{attention}{part}/bias"].flatten() for part in parts]  # (D,) each
+        tower[ours + "attn.in_proj_weight"] = torch.cat(weights)
+        tower[ours + "attn.in_proj_bias"] = torch.cat(biases)
+        tower[ours + "attn.out_proj.weight"] = state[attention + "out/kernel"].flatten(0, 1).T
+        tower[ours + "attn.out_proj.bias"] = state[attention + "out/bias"]
+        for name, norm in (("ln_1", "LayerNorm_0"), ("ln_2", "LayerNorm_2")):
+            tower[f"{ours}{name}.weight"] = state[f"{theirs}{norm}/scale"]
+            tower[f"{ours}{name}.bias"] = state[f"{theirs}{norm}/bias"]
+        for name, dense in (("c_fc", "Dense_0"), ("c_proj", "Dense_1")):
+            tower[f"{ours}mlp.{name}.weight"] = state[f"{theirs}MlpBlock_3/{dense}/kernel"].T
+            tower[f"{ours}mlp.{name}.bias"] = state[f"{theirs}MlpBlock_3/{dense}/bias"]
+    return {key: value.contiguous() for key, value in tower.items()}
+
+
+def vision_sizes(state):
+    """The image tower's arguments of CLIP(...), read off the shapes of OpenAI's keys."""
+    prefix = "visual.transformer.resblocks."
+    needed = ("visual.conv1.weight", "visual.positional_embedding", prefix + "0.mlp.c_fc.weight")
+    missing = [key for key in needed if key not in state]
+    if missing:
+        raise ValueError(f"not the weights of an image tower: no {', '.join(missing)}")
+    width, _, patch, _ = state["visual.conv1.weight"].shape
+    grid = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
+    layers = len({key.split(".")[3] for key in state if key.startswith(prefix)})
+    return dict(resolution=grid * patch, patch=patch, vision_width=width, vision_layers=layers,
+                vision_mlp_width=state[prefix + "0.mlp.c_fc.weight"].shape[0])
+
+
+def has_no_text(state):
+    """Whether a state_dict is an image tower only, in timm's, Google's or OpenAI's layout."""
+    if "patch_embed.proj.weight" in state or "embedding/kernel" in state:
+        return True
+    return len(state) > 0 and all(key.startswith("visual.") for key in state)
+
+
+def vision_only(state, activation=None, head_width=None):
+    """VisionOnly from a state_dict that has_no_text, loaded strictly.
+
+    A tower without ln_pre is an image classifier's: exact GELU and eps 1e-6; otherwise CLIP's.
+    """
+    if "embedding/kernel" in state:
+        query = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
+        try:
+            state, head_width = from_google(state), state[query].shape[2]
+        except KeyError as error:
+            raise ValueError(f"not a ViT in Google's layout: no {error}") from error
+    elif "patch_embed.proj.weight" in state:
+        state = from_timm(state)
+    sizes = vision_sizes(state)
+    width = sizes["vision_width"]
+    from_clip = "visual.ln_pre.weight" in state
+    eps = 1e-5 if from_clip else 1e-6
+    activation = activation or ("quick_gelu" if from_clip else "gelu")
+    embed = state["visual.proj"].shape[1] if "visual.proj" in state else None
+    with torch.device("meta"):  # no memory, no random numbers: each tensor comes from the state
+        blocks = [Block(width, sizes["vision_mlp_width"], known_head_width(width, head_width),
+                        activation, eps) for _ in range(sizes["vision_layers"])]
+        tower = VisionOnly(VisionTransformer(
+            sizes["resolution"], sizes["patch"], width, embed, blocks,
+            patch_bias="visual.conv1.bias" in state, pre_norm=from_clip, eps=eps))
+    load_strictly(tower, state)
+    return tower
 
 
 # ---- weights from disk: formats
@@ -1492,31 +1521,6 @@ def own_tensor(key, value, copy):
     if tensor.dtype in (torch.float16, torch.bfloat16):
         return tensor.float()
     return tensor.clone() if copy else tensor.contiguous()
-
-
-def check_fit(model, state):
-    """Raises ValueError that names the first keys of a state_dict that are missing, unknown,
-    misshapen or not finite."""
-    own = model.state_dict()
-    both = [key for key in own if key in state]
-    problems = {
-        "missing": [key for key in own if key not in state],
-        "unknown": [key for key in state if key not in own],
-        "of another shape": [key for key in both if own[key].shape != state[key].shape],
-        "not finite": [key for key in both if not state[key].isfinite().all()]}
-    found = []
-    for problem, keys in problems.items():
-        if keys:
-            more = " ..." if len(keys) > 2 else ""
-            found.append(f"{', '.join(keys[:2]):.100}{more} {problem}")
-    if found:
-        raise ValueError(f"the weights do not fit: {'; '.join(found)}")
-
-
-def load_strictly(model, state):
-    """Makes the tensors of a state_dict a model's own. Raises ValueError if they do not fit."""
-    check_fit(model, state)
-    model.load_state_dict(state, assign=True)
 
 
 def clip_facts(clip):
