@@ -658,7 +658,7 @@ class TextOnce:
         return [self.made] if torch.is_tensor(self.made) else list(self.made)
 
     def text(self, compute):
-        """What compute() gives for the last micro-batch, leaves of the same values for the others."""
+        """compute() for the last micro-batch; for the others leaves that have its values."""
         if self.made is None:
             self.made = compute()
             for tensor in self.tensors():
