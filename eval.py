@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -38,7 +39,8 @@ from tqdm import tqdm
 
 import data
 from clip_vit import FramePool, PoolConfig, check_fit, load_clip, naming, open_weights, recognise
-from ila import FLAT, SLOPE, ILA, ILAConfig, earth_movers_distance, interactive_mask
+from ila import (FLAT, SLOPE, ILA, HostedILA, ILAConfig, earth_movers_distance, interactive_mask,
+                 make_ila)
 from ila import load_released as load_released_ila
 from ila import released_clip
 from ila import released_config as released_ila_config
@@ -52,13 +54,13 @@ class Method(NamedTuple):
     """A method that the scripts offer."""
 
     title: str
-    model: type  # built from a CLIP and a config; FramePool shows all that it must offer
+    model: Callable  # makes one from a CLIP and a config; FramePool shows all that it must offer
     config: type  # its settings, a frozen dataclass
 
 
 METHODS = {
     "tc": Method("TC-CLIP", TCCLIP, TCConfig),
-    "ila": Method("ILA", ILA, ILAConfig),
+    "ila": Method("ILA", make_ila, ILAConfig),
     "vifi": Method("frame pooling", FramePool, PoolConfig)}
 # How vanilla CLIP sees a video, as a recipe; released video models differ in what RELEASED says.
 VANILLA = dict(method="vifi", frames=16, sampling="tsn", clips=2, crops=1, pixels="clip",
@@ -595,7 +597,7 @@ def clip_columns(model, clip, pixels, shown, side):
         if summaries:
             block = max(summaries)
             return context_columns(block, summaries[block], clip, shown, side)
-    if isinstance(model, ILA):
+    if isinstance(model, (ILA, HostedILA)):
         points = model.interactive_points(video)
         if points:
             return point_columns(model, points, clip, shown, side)

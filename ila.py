@@ -10,6 +10,7 @@ MI stands for mutual information, what two frames share. Sections, in reading or
     masks and losses; two frames -> two points; the aligned block    the paper's method
     heads; configuration; the model                                  the paper's model
     the released form; rivals; what stands before a block            variants
+    other hosts: TimeSformer, EVL; released files                    the rest
 
 Who wants only the paper's method stops at the variants. What trains: everything outside `clip.`;
 without `num_classes` also CLIP's image tower and logit_scale; never the text tower.
@@ -17,6 +18,7 @@ without `num_classes` also CLIP's image tower and logit_scale; never the text to
 Letters as in clip_vit, and: g x g = P the patch grid, P patches, points (x, y) in [-1, 1].
 """
 
+import copy
 import math
 import re
 import warnings
@@ -29,7 +31,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_vit import (HEAD_WIDTH, Attention, Block, QuickGELU, TextCache, class_features,
-                      class_tokens, cosine_logits, full_precision, knob, no_string, require_text)
+                      class_tokens, cosine_logits, from_timm, full_precision, knob, no_string,
+                      require_text)
 
 FLAT = 0.25  # [released] half width of a mask's flat middle
 SLOPE = 1.5  # [released] how fast a mask falls beside it
@@ -178,13 +181,26 @@ def run_block(block, x, extra=None):
     return block(x.flatten(0, 1), extra=extra).view_as(x)
 
 
+def run_blocks(blocks, aligners, x, delta, weight):
+    """All blocks of a tower on x (B,T,N,D) -> Aligned: the last rows, weight * sum of the losses
+    [paper], and a list of the points of each block that aligns."""
+    loss, points = x.new_zeros(()), []
+    for block, aligner in zip(blocks, aligners):
+        aligned = aligner(x, block, delta)
+        x = aligned.x
+        loss = loss + weight * aligned.loss
+        if aligned.points is not None:
+            points.append(aligned.points)
+    return Aligned(x, loss, points)
+
+
 class Alignment(nn.Module):
     """The aligned block. [paper, section 3.2; `use` other than "mi": Table 9]"""
 
     def __init__(self, width, grid, config, local=conv3x3):
         super().__init__()
         self.grid, self.use = grid, config.use
-        self.point_net = PointNet(width, local, ssv2=config.num_classes is not None)
+        self.point_net = PointNet(width, local, ssv2=config.more_convolutions)
         pairs, own = frame_pairs(config.frames, config.align)
         self.register_buffer("pairs", pairs, persistent=False)  # (T-1,2)
         self.register_buffer("own", own, persistent=False)  # (T,2)
@@ -272,6 +288,7 @@ CHOICES = {
     "align": ("adjacent", "first", "middle"),
     "operator": ("convolution", "window"),
     "use": ("mi", "add", "concat"),
+    "host": ("clip", "timesformer", "evl"),
     "rival": ("ila", "none", "average", "divided", "shift", "hungarian", "xclip"),
 }
 
@@ -289,9 +306,14 @@ class ILAConfig:
     operator: str = knob("convolution", "convolution, window: how PointNet looks around (Table 8)")
     use: str = knob("mi", "mi, add, concat: how a block uses the aligned features (Table 9)")
     rival: str = knob("ila", "ila, none, average, divided, shift, hungarian, xclip (Table 4)")
+    host: str = knob("clip", "clip, timesformer, evl: what the frames are aligned in (Table 3)")
     video_prompt: bool = knob(True, "video-specific text (Table 11)")
     multi_frame: bool = knob(True, "multi-frame integration; false: the plain mean over frames")
     align_weight: float = knob(1.0, "of the alignment loss [released]; 0.01 for tiny models")
+    finetune: bool = knob(
+        False, "with num_classes: the tower trains too, with Kinetics' convolutions (Table 10)")
+    decoder_layers: int = knob(4, "host=evl: how many of the last blocks its decoder reads")
+    decoder_mlp: int = knob(4, "host=evl: width of the decoder's MLP, in widths of the tower")
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -302,6 +324,24 @@ class ILAConfig:
             raise ValueError(f"frames is {self.frames}; alignment needs at least 2")
         if self.form != "paper":
             self.check_released_form()
+        if self.host != "clip":
+            self.check_host()
+        if self.finetune and (self.num_classes is None or self.host != "clip"):
+            raise ValueError("finetune=true is for host=clip with num_classes; without num_classes "
+                             "the tower trains anyway")
+
+    def check_host(self):
+        if self.form != "paper" or self.num_classes is None:
+            raise ValueError(f"host {self.host!r} needs num_classes and form 'paper'")
+        if self.host == "evl" and self.rival not in ("ila", "none"):
+            raise ValueError(f"host 'evl' takes rival=ila or rival=none, not {self.rival!r}")
+        if self.host == "timesformer" and self.rival == "divided" and self.blocks != "all":
+            raise ValueError("TimeSformer itself (rival=divided) has blocks=all")
+
+    @property
+    def more_convolutions(self):
+        """Whether this is SSv2's recipe: a linear head on a frozen CLIP, aligned with more care."""
+        return self.num_classes is not None and self.host == "clip" and not self.finetune
 
     def check_released_form(self):
         if (self.form == "released") != (self.num_classes is None):
@@ -327,6 +367,36 @@ def block_range(blocks, layers):
 
 # ---- the model -----------------------------------------------------------------------------------
 
+def check_head_names(names, known, config):
+    """Raises ValueError unless a linear head has these classes; `known` are those of before."""
+    outputs = config.num_classes
+    too_wide = config.form == "released-ssv2" and len(names) < outputs
+    if known not in (None, names) or len(names) != outputs and not too_wide:
+        raise ValueError(f"{len(names)} class names for a linear head of {outputs} classes: it "
+                         "knows only those that it was trained on")
+    if too_wide and known is None:
+        warnings.warn(f"the released head has {outputs} outputs; only the first {len(names)} are "
+                      "used, one for each class", stacklevel=3)
+
+
+def points_of_frames(points, config):
+    """Points of pairs, (B,T-1,2,2) for each block -> of frames, (B,T,2) for each block."""
+    _, own = frame_pairs(config.frames, config.align)
+    pair, side = own.T
+    return [block[:, pair, side] for block in points]
+
+
+def check_video(video, frames):
+    if video.dim() != 5 or video.shape[1] != frames:
+        raise ValueError(f"video of shape {tuple(video.shape)}; "
+                         f"this model takes (B,{frames},3,R,R)")
+
+
+def disturbance(epoch):
+    """The disturbance of the training points: it halves in every epoch from 30 on (from 0)."""
+    return DISTURBANCE * 0.5 ** max(0, epoch - DECAY_EPOCH)
+
+
 def is_text(name):
     """Whether a parameter of CLIP belongs to its text tower."""
     return not name.startswith("visual.") and name != "logit_scale"
@@ -337,6 +407,8 @@ class ILA(nn.Module):
 
     def __init__(self, clip, config=ILAConfig()):
         super().__init__()
+        if config.host != "clip":
+            raise ValueError(f"host {config.host!r} is built by make_ila(clip, config)")
         self.clip, self.config = clip, config
         embed = clip.visual.embed
         check_sizes(clip.visual, config)
@@ -361,11 +433,12 @@ class ILA(nn.Module):
         self.names, self.used_outputs = None, config.num_classes
         self.to(clip.visual.class_embedding)  # its device and dtype
         for name, parameter in clip.named_parameters():
-            parameter.requires_grad_(self.head is None and not is_text(name))
+            trains = self.head is None or config.finetune
+            parameter.requires_grad_(trains and not is_text(name))
 
     def set_epoch(self, epoch):
-        """Halves the disturbance of the training points in every epoch from 30 on (from 0)."""
-        self.delta.fill_(DISTURBANCE * 0.5 ** max(0, epoch - DECAY_EPOCH))
+        """Sets the disturbance of the training points; epochs count from 0."""
+        self.delta.fill_(disturbance(epoch))
 
     def set_classes(self, names, templates=("{}",)):
         """Class names as in the dataset's files; the text is the bare name, or `templates`' text.
@@ -379,19 +452,9 @@ class ILA(nn.Module):
             self.tokens = class_tokens(self.clip, names, templates)
             self.text_cache.drop()
         else:
-            self.check_head(names)
+            check_head_names(names, self.names, self.config)
             self.used_outputs = len(names)
         self.names = names
-
-    def check_head(self, names):
-        outputs = self.config.num_classes
-        too_wide = self.config.form == "released-ssv2" and len(names) < outputs
-        if self.names not in (None, names) or len(names) != outputs and not too_wide:
-            raise ValueError(f"{len(names)} class names for a linear head of {outputs} classes: it "
-                             "knows only those that it was trained on")
-        if too_wide and self.names is None:
-            warnings.warn(f"the released head has {outputs} outputs; only the first {len(names)} "
-                          "are used, one for each class", stacklevel=3)
 
     def class_text(self):
         """Class embeddings (C,E), not normalised; kept even in training, as the tower is frozen."""
@@ -403,21 +466,13 @@ class ILA(nn.Module):
     def encode(self, video):
         """Normalised video (B,T,3,R,R) -> Aligned: the last block's rows x (B,T,N,D), the weighted
         alignment loss, and a list with the points (B,T-1,2,2) of each aligned block."""
-        if video.dim() != 5 or video.shape[1] != self.config.frames:
-            raise ValueError(f"video of shape {tuple(video.shape)}; this model takes "
-                             f"(B,{self.config.frames},3,R,R)")
+        check_video(video, self.config.frames)
         visual = self.clip.visual
         x = visual.ln_pre(visual.tokens(video.flatten(0, 1)) + visual.positional_embedding)
         x = x.unflatten(0, video.shape[:2])  # (B,T,N,D)
-        loss, points = x.new_zeros(()), []
         delta = self.delta if self.training else None
-        for block, aligner in zip(visual.transformer.resblocks, self.aligners):
-            aligned = aligner(x, block, delta)
-            x = aligned.x
-            loss = loss + self.config.align_weight * aligned.loss  # weight * sum of L_align [paper]
-            if aligned.points is not None:
-                points.append(aligned.points)
-        return Aligned(x, loss, points)
+        return run_blocks(visual.transformer.resblocks, self.aligners, x, delta,
+                          self.config.align_weight)
 
     def integrate(self, x):
         """Last block's rows (B,T,N,D) -> the video's feature (B,E), not normalised."""
@@ -460,9 +515,7 @@ class ILA(nn.Module):
     @torch.no_grad()
     def interactive_points(self, video):
         """For pictures: the point of each frame, (B,T,2) for each aligned block, first to last."""
-        _, own = frame_pairs(self.config.frames, self.config.align)
-        pair, side = own.T
-        return [points[:, pair, side] for points in self.encode(video).points]
+        return points_of_frames(self.encode(video).points, self.config)
 
 
 # ---- the released form ---------------------------------------------------------------------------
@@ -547,65 +600,6 @@ class ReleasedAlignment(nn.Module):
         h = over_frames(*h.chunk(2, dim=-1))  # (B,T,P,c)
         h = self.conv(h.movedim(-1, 1).unsqueeze(-1))  # (B,c,T,P,1)
         return self.fc(h.squeeze(-1).movedim(1, -1))
-
-
-# A released key is rewritten by each of these patterns in turn, from its start. The order matters:
-# first every key becomes "clip.*", then what is not CLIP's own gets another name.
-RELEASED_NAMES = (
-    (r"(module\.)?", "clip."),
-    (r"clip\.mit\.positional_embedding", "frame_positions"),
-    (r"clip\.mit\.classify_head", "head"),
-    (r"clip\.visual\.transformer\.resblocks\.(\d+)\.message_attn\.", r"aligners.\1."),
-    (r"clip\.visual\.transformer\.resblocks\.(\d+)\.(message_|temporal_)", r"aligners.\1.\2"),
-    (r"clip\.mit\.resblocks\.0", "integration"),
-    (r"clip\.prompts_visual_ln", "video_prompt.patch_norm"),
-    (r"clip\.prompts_visual_proj", "video_prompt.patch_proj"),
-    (r"clip\.prompts_generator", "video_prompt"),
-    (r"(video_prompt\.decoder\.\d\.)cross_attn\.", r"\1"),
-)
-
-
-def our_names(state_dict):
-    """A released state_dict, with "module." before its keys or not -> {our key: tensor}."""
-    state = {}
-    for key, value in state_dict.items():
-        for pattern, name in RELEASED_NAMES:
-            key = re.sub("^" + pattern, name, key)
-        state[key] = torch.as_tensor(value)
-    return state
-
-
-def released_config(state_dict):
-    """The ILAConfig of a released ILA state_dict, read off its tensors."""
-    state = our_names(state_dict)
-    frames = state["frame_positions"].shape[1]
-    if "head.2.weight" not in state:
-        return ILAConfig(frames, form="released")
-    return ILAConfig(frames, form="released-ssv2", num_classes=len(state["head.2.weight"]))
-
-
-def released_clip(state_dict):
-    """The CLIP in a released ILA state_dict, which load_clip takes. SSv2's has no text tower."""
-    return {key.removeprefix("clip."): value for key, value in our_names(state_dict).items()
-            if key.startswith("clip.")}
-
-
-def load_released(model, state_dict):
-    """Loads a released ILA state_dict into an ILA of a released form, strictly.
-
-    Form "released-ssv2" may lack the text tower, as its files do. Raises ValueError with the keys.
-    """
-    state = {}
-    for key, value in model.state_dict().items():  # what released files do not hold
-        text = key.startswith("clip.") and not key.startswith("clip.visual.")
-        if key == "delta" or text and model.head is not None:
-            state[key] = value
-    state |= our_names(state_dict)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"not released weights of this model: {reason}") from error
 
 
 # ---- rivals in the same tower [paper, Table 4] ---------------------------------------------------
@@ -812,3 +806,399 @@ def check_sizes(visual, config):
     if config.form != "paper" and visual.grid < 4:
         raise ValueError(f"form {config.form!r} halves the patches twice and needs 4 x 4 or more; "
                          f"this CLIP has {visual.grid} x {visual.grid}: set form=paper")
+
+
+# ---- other hosts [paper, Tables 3 and 10] --------------------------------------------------------
+
+class SpaceTimeBlock(nn.Module):
+    """TimeSformer's block: attention along time, then CLIP's block in the space of each frame.
+
+    A video has one class token: the class rows of its frames are equal. With probability `drop` a
+    video skips a branch while training. [released]
+    """
+
+    def __init__(self, block, drop):
+        super().__init__()
+        self.norm, self.attn = copy.deepcopy(block.ln_1), copy.deepcopy(block.attn)
+        width = block.attn.out_proj.in_features
+        self.fc = start_zero(nn.Linear(width, width))
+        self.drop = drop
+
+    def forward(self, x, block, delta):
+        return Aligned(block.run(self.compute, block, x))
+
+    def compute(self, block, x):
+        B, T = x.shape[:2]
+        # time: each patch with the same patch of all frames, without the class token
+        patches = x[:, :, 1:]  # (B,T,P,D)
+        y = self.norm(patches).transpose(1, 2).flatten(0, 1)  # (B*P,T,D)
+        r = self.fc(self.attn(y, y)).unflatten(0, (B, -1)).transpose(1, 2)  # (B,T,P,D)
+        patches = patches + self.drop_path(r)
+        # space: the class token takes the mean over frames of what it sees in each
+        x = torch.cat([x[:, :, :1], patches], dim=2)  # (B,T,N,D)
+        y = block.ln_1(x).flatten(0, 1)  # (B*T,N,D)
+        r = self.drop_path(block.attn(y, y).view_as(x))  # (B,T,N,D)
+        cls = x[:, 0, :1] + r[:, :, 0].mean(dim=1, keepdim=True)  # (B,1,D)
+        patches = (patches + r[:, :, 1:]).flatten(1, 2)  # (B,T*P,D)
+        x = torch.cat([cls, patches], dim=1)  # (B,1+T*P,D)
+        x = x + self.drop_path(block.mlp(block.ln_2(x)))
+        cls = x[:, None, :1].expand(-1, T, -1, -1)  # (B,T,1,D)
+        return torch.cat([cls, x[:, 1:].unflatten(1, (T, -1))], dim=2)
+
+    def drop_path(self, branch):
+        """Drops a video's branch (B,...) at random and scales up the others, so the mean stays."""
+        ones = branch.new_ones(branch.shape[0], *[1] * (branch.dim() - 1))
+        return branch * F.dropout(ones, self.drop, self.training)
+
+
+class TimeSformer(nn.Module):
+    """An image tower with time positions, which trains as a whole.
+
+    rival=divided is TimeSformer itself (Bertasius et al., ICML 2021); it starts as the image tower.
+    Else the aligned block [paper], or a rival, takes the place of its attention along time, and
+    each frame has its own class token [ours].
+    """
+
+    trains_tower = True
+
+    def __init__(self, visual, config):
+        super().__init__()
+        self.config, blocks = config, visual.transformer.resblocks
+        if config.rival == "divided":
+            self.aligners = nn.ModuleList()
+            for i, block in enumerate(blocks):
+                self.aligners.append(SpaceTimeBlock(block, drop=0.1 * i / max(len(blocks) - 1, 1)))
+        else:
+            self.aligners = make_aligners(visual, config)
+        self.positions = nn.Parameter(torch.zeros(config.frames, 1, visual.width))  # (T,1,D)
+        self.head = start_normal(nn.Linear(visual.embed, config.num_classes))
+
+    def forward(self, visual, video, delta):
+        """Video (B,T,3,R,R) -> Aligned, with the video's feature (B,E) for x."""
+        if self.config.rival != "divided":
+            check_video(video, self.config.frames)
+        x = visual.tokens(video.flatten(0, 1)) + visual.positional_embedding
+        x = x.unflatten(0, video.shape[:2])  # (B,T,N,D)
+        patches = x[:, :, 1:] + nearest_frames(self.positions, video.shape[1])
+        x = visual.ln_pre(torch.cat([x[:, :, :1], patches], dim=2))
+        x, loss, points = run_blocks(visual.transformer.resblocks, self.aligners, x, delta,
+                                     self.config.align_weight)
+        return Aligned(visual.project(x[:, :, 0]).mean(dim=1), loss, points)
+
+
+def nearest_frames(positions, frames):
+    """Time positions (T,1,D) for another number of frames, by nearest neighbour. [released]"""
+    T = positions.shape[0]
+    return positions[torch.arange(frames, device=positions.device) * T // frames]
+
+
+class RecordedBlock:
+    """CLIP's block, which keeps its output (B*T,N,D), its queries and its keys (B*T,H,N,d)."""
+
+    def __init__(self, block):
+        self.block = block
+
+    def __call__(self, x, extra=None):
+        block = self.block
+        y = y_kv = block.ln_1(x)
+        if extra is not None:
+            y_kv = torch.cat([y, block.ln_1(extra)], dim=-2)
+        k, v = block.attn.keys_values(y_kv)
+        self.q, self.k = block.attn.queries(y), k[..., :x.shape[-2], :]
+        heads = F.scaled_dot_product_attention(self.q, k, v)
+        x = x + block.attn.project_out(heads)
+        self.out = x + block.mlp(block.ln_2(x))
+        return self.out
+
+
+class EVLLayer(nn.Module):
+    """A layer of EVL's decoder: the video's token looks at all rows of one of the tower's blocks.
+
+    y = out + conv(out) + position + cross, s = s + Attn(LN_1 s, LN_3 y), s = s + MLP(LN_2 s), with
+    out the rows after the block. [released]
+    """
+
+    def __init__(self, visual, config):
+        super().__init__()
+        width, self.grid = visual.width, visual.grid
+        offsets = (2 * self.grid - 1) ** 2  # between two patches
+        self.conv = nn.Conv1d(width, width, 3, padding=1, groups=width)  # along time
+        self.positions = nn.Parameter(torch.zeros(config.frames, 1, width))  # (T,1,D)
+        self.w1 = nn.Parameter(torch.zeros(offsets, width))  # for frame t - 1
+        self.w2 = nn.Parameter(torch.zeros(offsets, width))  # for frame t + 1
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
+        self.attn = Attention(width)
+        hidden = config.decoder_mlp * width
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), QuickGELU(), nn.Dropout(0.5), nn.Linear(hidden, width))
+        nn.init.zeros_(self.attn.out_proj.bias)
+        for part in (*self.attn.in_proj_weight.data.chunk(3), self.attn.out_proj.weight):
+            nn.init.xavier_uniform_(part)
+        for linear in (self.mlp[0], self.mlp[3]):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.normal_(linear.bias, std=1e-6)
+
+    def forward(self, token, out, q, k):
+        """token (B,1,D); a block's rows (B,T,N,D), its queries and keys (B,T,H,N,d) -> (B,1,D)."""
+        y = self.norm3(self.video_rows(out, q, k)).flatten(1, 2)  # (B,T*N,D)
+        token = token + self.attn(self.norm1(token), y)
+        return token + self.mlp(self.norm2(token))
+
+    def video_rows(self, out, q, k):
+        """y (B,T,N,D)."""
+        rows = out.permute(0, 2, 3, 1)  # (B,N,D,T)
+        conv = self.conv(rows.flatten(0, 1)).view(rows.shape).permute(0, 3, 1, 2)  # (B,T,N,D)
+        q, k = q[:, :, :, 1:], k[:, :, :, 1:]  # (B,T,H,P,d)
+        before = self.cross(q[:, 1:], k[:, :-1], self.w1)  # (B,T-1,P,D), for frames 1 to T-1
+        after = self.cross(q[:, :-1], k[:, 1:], self.w2)  # (B,T-1,P,D), for frames 0 to T-2
+        cross = F.pad(before, (0, 0, 1, 0, 1, 0)) + F.pad(after, (0, 0, 1, 0, 0, 1))  # (B,T,N,D)
+        return out + conv + self.positions + cross
+
+    def cross(self, q, k, w):
+        """Queries of frames and keys of neighbours, (B,T-1,H,P,d) each -> (B,T-1,P,D)."""
+        # cross[p] = sum over p' of A[p,p'] w[r(p,p')],  r numbers the offset from p' to p,
+        # A = mean over heads of softmax(q k^T / sqrt(d))
+        A = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=2)  # (B,T-1,P,P)
+        p = torch.arange(self.grid ** 2, device=w.device)
+        i, j = p // self.grid, p % self.grid  # row and column
+        down = i[:, None] - i + self.grid - 1  # (P,P), from 0
+        right = j[:, None] - j + self.grid - 1  # (P,P), from 0
+        r = down * (2 * self.grid - 1) + right
+        return torch.einsum("btpq,pqd->btpd", A, w[r])
+
+
+class EVL(nn.Module):
+    """A decoder over the last blocks of a frozen tower (Lin et al., ECCV 2022). [released]
+
+    rival=none is EVL itself: the tower needs no memory for a backward pass. With rival=ila frames
+    are aligned in the tower, and the aligners train [paper].
+    """
+
+    trains_tower = False
+
+    def __init__(self, visual, config):
+        super().__init__()
+        layers = len(visual.transformer.resblocks)
+        if config.decoder_layers > layers:
+            raise ValueError(f"decoder_layers is {config.decoder_layers}; the tower has {layers}")
+        self.config, width = config, visual.width
+        self.aligners = make_aligners(visual, config)
+        self.token = nn.Parameter(torch.zeros(width))
+        self.layers = nn.ModuleList(EVLLayer(visual, config) for _ in range(config.decoder_layers))
+        linear = start_normal(nn.Linear(width, config.num_classes))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Dropout(0.5), linear)
+
+    def forward(self, visual, video, delta):
+        """Video (B,T,3,R,R) -> Aligned, with the video's feature (B,D) for x."""
+        check_video(video, self.config.frames)
+        frames, blocks = video.shape[:2], list(visual.transformer.resblocks)
+        unread = len(blocks) - len(self.layers)
+        read = [RecordedBlock(block) for block in blocks[unread:]]
+        trains = any(parameter.requires_grad for parameter in self.aligners.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            x = visual.ln_pre(visual.tokens(video.flatten(0, 1)) + visual.positional_embedding)
+            _, loss, points = run_blocks(
+                blocks[:unread] + read, self.aligners, x.unflatten(0, frames), delta,
+                self.config.align_weight)
+        token = self.token.expand(frames[0], 1, -1)  # (B,1,D)
+        for layer, block in zip(self.layers, read):
+            token = layer(token, block.out.unflatten(0, frames), block.q.unflatten(0, frames),
+                          block.k.unflatten(0, frames))
+        return Aligned(token[:, 0], loss, points)
+
+
+HOSTS = {"timesformer": TimeSformer, "evl": EVL}
+
+
+class HostedILA(nn.Module):
+    """ILA in another host, with a linear head. It is used as ILA is."""
+
+    def __init__(self, clip, config):
+        super().__init__()
+        self.clip, self.config = clip, config
+        self.host = HOSTS[config.host](clip.visual, config)
+        delta = torch.tensor(DISTURBANCE, dtype=clip.visual.class_embedding.dtype)
+        self.register_buffer("delta", delta)
+        self.names = None
+        self.to(clip.visual.class_embedding)  # its device and dtype
+        clip.requires_grad_(False)
+        clip.visual.requires_grad_(self.host.trains_tower)
+
+    def set_epoch(self, epoch):
+        """Sets the disturbance of the training points; epochs count from 0."""
+        self.delta.fill_(disturbance(epoch))
+
+    def set_classes(self, names):
+        """Checks the names of the classes that the head knows. Raises ValueError."""
+        names = list(no_string(names))
+        check_head_names(names, self.names, self.config)
+        self.names = names
+
+    def encode(self, video):
+        """Normalised video (B,T,3,R,R) -> Aligned: the video's feature, loss and points."""
+        return self.host(self.clip.visual, video, self.delta if self.training else None)
+
+    def encode_video(self, video):
+        """The way to embed videos: normalised (B,T,3,R,R) -> features (B,D), not normalised."""
+        return self.encode(video).x
+
+    def encode_names(self, names, video=None):
+        raise ValueError("this model has a linear head and no text: it cannot embed names")
+
+    def forward(self, video):
+        """Normalised video (B,T,3,R,R) -> logits (B,C), and the weighted alignment loss."""
+        feature, loss, _ = self.encode(video)
+        return self.host.head(feature), loss
+
+    @torch.no_grad()
+    def interactive_points(self, video):
+        """For pictures: the point of each frame, (B,T,2) for each aligned block, first to last."""
+        return points_of_frames(self.encode(video).points, self.config)
+
+
+def make_ila(clip, config=ILAConfig()):
+    """ILA on a CLIP, or in the host that the configuration names."""
+    if config.host == "clip":
+        return ILA(clip, config)
+    return HostedILA(clip, config)
+
+
+# ---- released files: ILA, TimeSformer, EVL -------------------------------------------------------
+
+# A released key is rewritten by each of its format's patterns in turn, from its start. Their order
+# matters: ILA's keys first all become "clip.*", then what is not CLIP's own gets another name.
+ILA_NAMES = (
+    ("", "clip."),
+    (r"clip\.mit\.positional_embedding", "frame_positions"),
+    (r"clip\.mit\.classify_head", "head"),
+    (r"clip\.visual\.transformer\.resblocks\.(\d+)\.message_attn\.", r"aligners.\1."),
+    (r"clip\.visual\.transformer\.resblocks\.(\d+)\.(message_|temporal_)", r"aligners.\1.\2"),
+    (r"clip\.mit\.resblocks\.0", "integration"),
+    (r"clip\.prompts_visual_ln", "video_prompt.patch_norm"),
+    (r"clip\.prompts_visual_proj", "video_prompt.patch_proj"),
+    (r"clip\.prompts_generator", "video_prompt"),
+    (r"(video_prompt\.decoder\.\d\.)cross_attn\.", r"\1"),
+)
+TIMESFORMER_NAMES = (  # beside those of its image tower, which are timm's
+    (r"time_embed", "host.positions"),
+    (r"head\.", "host.head."),
+    (r"blocks\.(\d+)\.temporal_norm1\.", r"host.aligners.\1.norm."),
+    (r"blocks\.(\d+)\.temporal_fc\.", r"host.aligners.\1.fc."),
+    (r"blocks\.(\d+)\.temporal_attn\.qkv\.", r"host.aligners.\1.attn.in_proj_"),
+    (r"blocks\.(\d+)\.temporal_attn\.proj\.", r"host.aligners.\1.attn.out_proj."),
+)
+EVL_NAMES = (
+    (r"decoder\.cls_token", "host.token"),
+    (r"proj\.", "host.head."),
+    (r"decoder\.temporal_conv\.(\d+)", r"host.layers.\1.conv"),
+    (r"decoder\.temporal_pos_embed\.(\d+)", r"host.layers.\1.positions"),
+    (r"decoder\.cross_attention\.(\d+)\.", r"host.layers.\1."),
+    (r"decoder\.decoder_layers\.(\d+)\.", r"host.layers.\1."),
+    (r"(host\.layers\.\d+\.mlp)\.fc1", r"\1.0"),
+    (r"(host\.layers\.\d+\.mlp)\.fc2", r"\1.3"),
+)
+
+
+def renamed(state, patterns):
+    """A state_dict with every key rewritten by the patterns, one after the other."""
+    result = {}
+    for key, value in state.items():
+        for pattern, name in patterns:
+            key = re.sub("^" + pattern, name, key)
+        result[key] = value
+    return result
+
+
+def from_ila(state):
+    """A released ILA's state_dict -> (ILAConfig, {our key: tensor})."""
+    state = renamed(state, ILA_NAMES)
+    frames = state["frame_positions"].shape[1]
+    if "head.2.weight" not in state:
+        return ILAConfig(frames, form="released"), state
+    classes = len(state["head.2.weight"])
+    return ILAConfig(frames, form="released-ssv2", num_classes=classes), state
+
+
+def from_timesformer(state):
+    """A released TimeSformer's state_dict -> (ILAConfig, {our key: tensor})."""
+    state = renamed(state, TIMESFORMER_NAMES)
+    state["host.positions"] = state["host.positions"].transpose(0, 1)  # (T,1,D)
+    tower = from_timm({key: value for key, value in state.items() if not key.startswith("host.")})
+    state = {key: value for key, value in state.items() if key.startswith("host.")}
+    for key, value in tower.items():
+        state["clip." + key] = value
+    frames, classes = len(state["host.positions"]), len(state["host.head.weight"])
+    return ILAConfig(frames, host="timesformer", rival="divided", num_classes=classes), state
+
+
+def from_evl(state):
+    """A released EVL's state_dict, which holds no tower -> (ILAConfig, {our key: tensor})."""
+    state = renamed(state, EVL_NAMES)
+    layers = len([key for key in state if key.endswith(".norm3.weight")])
+    for i in range(layers):
+        for kind in ("weight", "bias"):
+            parts = [state.pop(f"host.layers.{i}.attn.{part}_proj.{kind}") for part in "qkv"]
+            state[f"host.layers.{i}.attn.in_proj_{kind}"] = torch.cat(parts)
+        positions = state[f"host.layers.{i}.positions"]
+        state[f"host.layers.{i}.positions"] = positions.unsqueeze(1)  # (T,1,D)
+    hidden, width = state["host.layers.0.mlp.0.weight"].shape
+    config = ILAConfig(
+        len(positions), host="evl", rival="none", num_classes=len(state["host.head.2.weight"]),
+        decoder_layers=layers, decoder_mlp=hidden // width)
+    return config, state
+
+
+FORMATS = {  # a key that only this format has: its reader
+    "mit.positional_embedding": from_ila, "time_embed": from_timesformer,
+    "decoder.cls_token": from_evl,
+}
+
+
+def read_released(state_dict):
+    """A released ILA, TimeSformer or EVL -> (ILAConfig read off its tensors, {our key: tensor}).
+
+    Keys may begin with "module." or "model.". Raises ValueError for anything else.
+    """
+    state = {re.sub(r"^(module\.|model\.)+", "", key): torch.as_tensor(value)
+             for key, value in state_dict.items()}
+    for marker, read in FORMATS.items():
+        if marker in state:
+            return read(state)
+    raise ValueError("not a released ILA, TimeSformer or EVL: none of the keys "
+                     f"{', '.join(FORMATS)}")
+
+
+def released_config(state_dict):
+    """The ILAConfig of a released file's state_dict. Raises ValueError for other models' files."""
+    return read_released(state_dict)[0]
+
+
+def released_clip(state_dict):
+    """What a released file's state_dict holds for load_clip.
+
+    Kinetics ILA's: a whole CLIP; SSv2 ILA's and TimeSformer's: an image tower; EVL's: nothing, {}.
+    """
+    _, state = read_released(state_dict)
+    return {key.removeprefix("clip."): value for key, value in state.items()
+            if key.startswith("clip.")}
+
+
+def load_released(model, state_dict):
+    """Loads a released state_dict into a model of its released_config, strictly.
+
+    What the files do not hold stays: with a linear head the text tower, in EVL the whole CLIP.
+    Raises ValueError with the keys.
+    """
+    config, released = read_released(state_dict)
+    state = {}
+    for key, value in model.state_dict().items():
+        text = key.startswith("clip.") and not key.startswith("clip.visual.")
+        kept = text and config.num_classes is not None
+        if key == "delta" or kept or config.host == "evl" and key.startswith("clip."):
+            state[key] = value
+    try:
+        model.load_state_dict(state | released)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"not released weights of this model: {reason}") from error

@@ -978,6 +978,26 @@ def read_best(run):
     return best
 
 
+def has_linear_head(recipe):
+    """Whether a recipe (a dict) makes a model that knows only its training classes."""
+    return bool(recipe["probe"] or recipe["model"].get("num_classes"))
+
+
+def known_tests(recipe, train_videos, tests):
+    """The test sets whose classes a linear head (num_classes, probe) knows, if any; says of the
+    others that they are left out. base2novel needs both halves and keeps them."""
+    known = {name: videos for name, videos in tests.items()
+             if list(videos.classes) == list(train_videos.classes)}
+    if not has_linear_head(vars(recipe)) or not known or recipe.protocol == "base2novel":
+        return tests
+    rank, _ = data.rank_and_world()
+    left = [name for name in tests if name not in known]
+    if left and rank == 0:
+        print(f"not tested: {', '.join(left)}; a linear head knows only its training classes",
+              file=sys.stderr)
+    return known
+
+
 def test_best(run, tests, root):
     """The results of a trained run, from its best.pt, as results.json has them."""
     recipe, history = run.recipe, run.progress["history"]
@@ -1030,6 +1050,7 @@ def run_recipe(recipe, root, folder, device):
         recipe.test_list, recipe.labels, recipe.upstream_labels)
     described = describe_data(train_videos, tests)
     data.check_same_data(described)  # before anything else: else processes wait for one another
+    tests = known_tests(recipe, train_videos, tests)
     recipe = fit_recipe(recipe, len(train_videos.paths), device)
     described = vars(recipe) | {"data": described}
     with contextlib.ExitStack() as stack:
@@ -1222,16 +1243,22 @@ def prepare_miniature(root, device):
 
 
 def draw_miniature(root, results, path):
-    """Draws a clip and its reversal as the first run of each method sees them."""
+    """Draws a clip and its reversal as the first run of each method sees them.
+
+    Linear heads are left out: they cannot be asked about two classes only.
+    """
     names = ("red to blue", "blue to red")
     models = {}
     for folder, result in results.items():
+        if has_linear_head(result["recipe"]):
+            continue
         title = evaluation.METHODS[result["recipe"]["method"]].title
         if title not in models:
             models[title], recipe = evaluation.load_model(folder / "best.pt")
             views = evaluation.eval_views(recipe, models[title])
-    clip = data.read_test(root / "base" / names[0] / "000.mp4", views)[0]
-    evaluation.draw_reversal(models, clip, names, path)
+    if models:
+        clip = data.read_test(root / "base" / names[0] / "000.mp4", views)[0]
+        evaluation.draw_reversal(models, clip, names, path)
 
 
 # ---- from flags to recipes -----------------------------------------------------------------------
@@ -1431,11 +1458,12 @@ def own_columns(result):
     """{column: [values in %]} of a run's own test sets, as the papers' tables have them."""
     recipe, tests = result["recipe"], result["tests"]
     first = list(tests.values())[:1]
+    single = len(tests) == 1 and "pairs" not in first[0]
     if recipe["protocol"] == "base2novel":
         return {name: percent([tests[name]]) for name in ("base", "novel")}
-    if recipe["protocol"] == "supervised" and len(tests) == 1:
+    if recipe["protocol"] == "supervised" and single:
         return {"top-1": percent(first), "top-5": percent(first, "top5")}
-    if recipe["protocol"] == "fewshot" and len(tests) == 1:
+    if recipe["protocol"] == "fewshot" and single:
         return {f"{recipe['shots']} shots": percent(first)}
     columns = {}
     for name, score in tests.items():

@@ -1,0 +1,307 @@
+"""ILA in other hosts: TimeSformer, EVL and a tower without text, against figures of the released codes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from figures import weights
+from helpers import tiny_clip
+from test_ila import clips, lively, stray
+
+from clip_vit import load_clip
+from ila import ILA, EVLLayer, HostedILA, ILAConfig, RecordedBlock, load_released, make_ila, released_clip, released_config
+
+FIGURES = Path(__file__).with_name("figures")
+NAMES = ["a", "b", "c"]
+KINDS = {  # what a user sets beside num_classes
+    "TimeSformer": dict(host="timesformer", rival="divided"), "TimeSformer + ILA": dict(host="timesformer"),
+    "EVL": dict(host="evl", rival="none"), "EVL + ILA": dict(host="evl"),
+    "ILA from an image ViT": dict(finetune=True)}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def fixture(name, layout, prefix=""):
+    """A fixture's state_dict, and its figures by name."""
+    described = json.loads((FIGURES / f"{name}.json").read_text())
+    state = {prefix + key: torch.from_numpy(weights.tensor(key, tuple(shape)))
+             for key, shape in described["layouts"][layout].items()}
+    return state, np.load(FIGURES / f"{name}.npz")
+
+
+def video(frames=4):
+    return torch.from_numpy(weights.video(2, frames, 64, "dev"))
+
+
+def agree(got, want):
+    assert np.abs(got.detach().numpy() - want).max() < 1e-10
+
+
+def released(state, clip=None):
+    """The model of a released state_dict, all read off its tensors."""
+    model = make_ila(load_clip(clip or released_clip(state)), released_config(state))
+    load_released(model, state)
+    return model.eval()
+
+
+def image_tower(dtype=torch.float64, **sizes):
+    """An image classifier's tower, of random weights."""
+    return load_clip({key: value for key, value in tiny_clip(dtype, **sizes).state_dict().items()
+                      if key.startswith("visual.") and "ln_pre" not in key and key != "visual.proj"})
+
+
+def toy(kind, dtype=torch.float64, **changes):
+    """A lively tiny model of three classes, in eval mode."""
+    torch.manual_seed(0)
+    clip = tiny_clip(dtype) if "EVL" in kind else image_tower(dtype)
+    model = lively(make_ila(clip, ILAConfig(**{"frames": 4, "num_classes": 3, **KINDS[kind], **changes})))
+    model.set_classes(NAMES)
+    return model.eval()
+
+
+# ---- figures of the released codes -----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_timesformer():
+    state, want = fixture("timesformer", "timesformer")
+    assert released_config(state) == ILAConfig(frames=4, host="timesformer", rival="divided", num_classes=7)
+    model = released(state)
+    agree(model(video())[0], want["logits"])
+    agree(model.encode_video(video()), want["features"])
+    agree(model(video(8))[0], want["logits_twice_frames"])  # time positions are stretched
+    visual, x = model.clip.visual, video()
+    x = (visual.tokens(x.flatten(0, 1)) + visual.positional_embedding).unflatten(0, (2, 4))
+    x[:, :, 1:] += model.host.positions
+    for i, (block, aligner) in enumerate(zip(visual.transformer.resblocks, model.host.aligners)):
+        x = aligner(x, block, None).x
+        assert torch.equal(x[:, 0, 0], x[:, 3, 0])  # one class token
+        agree(x[:, 0, 0], want["class_token"][i])
+        if i == 0:  # two patches, frame after frame
+            flat = [x[:, :, 1:].flatten(1, 2), x[:, :, 1:].transpose(1, 2).flatten(1, 2)]
+            assert min(np.abs(rows[:, :8].numpy() - want["first_patches_block0"]).max() for rows in flat) < 1e-10
+
+
+@torch.no_grad()
+def test_timesformer_begins_as_the_image_vit():
+    start, want = fixture("timesformer", "vit")
+    tower = load_clip(start)
+    model = make_ila(tower, ILAConfig(frames=4, host="timesformer", rival="divided", num_classes=7)).eval()
+    agree(model.encode_video(video()), want["features_start"])
+    block, aligner = tower.visual.transformer.resblocks[1], model.host.aligners[1]
+    assert torch.equal(aligner.attn.in_proj_weight, block.attn.in_proj_weight)
+    assert aligner.attn.in_proj_weight is not block.attn.in_proj_weight and (model.host.positions == 0).all()
+
+
+@torch.no_grad()
+def test_evl():
+    (state, want), (clip, _) = fixture("evl", "evl", "module."), fixture("evl", "clip")
+    assert released_config(state) == ILAConfig(4, host="evl", rival="none", num_classes=7, decoder_layers=3)
+    model = released(state, clip)
+    agree(model(video())[0], want["logits"])
+    agree(model.encode_video(video()), want["decoder_outputs"][-1])
+    terms = {"conv": ("conv.weight", "conv.bias"), "pos": ("positions",), "cross": ("w1", "w2")}
+    for name, kept in (("conv_only", "conv"), ("pos_only", "pos"), ("cross_only", "cross"), ("no_temporal", "")):
+        load_released(model, state)
+        for layer in model.host.layers:
+            for term in terms.keys() - {kept}:
+                for parameter in terms[term]:
+                    layer.get_parameter(parameter).zero_()
+        agree(model(video())[0], want[f"logits_{name}"])
+
+
+@torch.no_grad()
+def test_evl_layer_by_layer():
+    (state, want), (clip, _) = fixture("evl", "evl", "module."), fixture("evl", "clip")
+    model = released(state, clip)
+    visual, token = model.clip.visual, model.host.token.expand(2, 1, -1)
+    x = visual.ln_pre(visual.tokens(video().flatten(0, 1)) + visual.positional_embedding)
+    for i, block in enumerate(visual.transformer.resblocks):
+        plain, recorded = block(x), RecordedBlock(block)
+        x = recorded(x)
+        assert torch.allclose(x, plain, atol=1e-12)  # the block itself
+        if i > 0:
+            parts = [rows.unflatten(0, (2, 4)) for rows in (recorded.out, recorded.q, recorded.k)]
+            layer = model.host.layers[i - 1]
+            if i == 1:
+                agree(parts[0][:, :, :3], want["backbone_out"])
+                agree(layer.video_rows(*parts)[:, :, :3], want["y_first"])
+            token = layer(token, *parts)
+            agree(token[:, 0], want["decoder_outputs"][i - 1])
+
+
+def test_cross_term_equals_loops():
+    torch.manual_seed(0)
+    layer = EVLLayer(tiny_clip().visual, ILAConfig(frames=3)).double()
+    g, H, d, D = layer.grid, 2, 64, 128
+    q, k = torch.randn(2, 1, 2, H, g * g, d, dtype=torch.float64)
+    w = torch.randn((2 * g - 1) ** 2, D, dtype=torch.float64)
+    got = layer.cross(q, k, w)
+    for t in range(2):
+        A = sum((q[0, t, h] @ k[0, t, h].T / d ** 0.5).softmax(dim=-1) for h in range(H)) / H
+        for p in range(g * g):
+            want = 0
+            for other in range(g * g):
+                r = (p // g - other // g + g - 1) * (2 * g - 1) + p % g - other % g + g - 1
+                want = want + A[p, other] * w[r]
+            assert torch.allclose(got[0, t, p], want, atol=1e-12)
+
+
+@pytest.mark.parametrize("name, layout, prefix", [("timesformer", "timesformer", ""), ("evl", "evl", "module.")])
+def test_loading_is_strict(name, layout, prefix):
+    state, _ = fixture(name, layout, prefix)
+    clip, _ = fixture("evl", "clip")
+    model = released(state, clip if name == "evl" else None)
+    key = next(key for key in state if key.endswith("norm2.bias"))
+    for wrong in ({k: v for k, v in state.items() if k != key}, state | {prefix + "decoder.other": torch.zeros(3)},
+                  state | {prefix + "model.blocks.0.other": torch.zeros(3)}):
+        with pytest.raises(ValueError, match="not released weights"):
+            load_released(model, wrong)
+    with pytest.raises(ValueError, match="not a released ILA, TimeSformer or EVL"):
+        released_config({"a": torch.zeros(3)})
+
+
+# ---- what every host promises ----------------------------------------------------------------------------------------
+
+@each_kind
+def test_interface(kind):
+    model, x = toy(kind), clips(3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        (logits, loss), again = model(x), model(x)
+        alone = torch.cat([model(one[None])[0] for one in x])
+    assert logits.shape == (3, 3) and loss.shape == () and torch.equal(logits, again[0])
+    assert torch.allclose(logits, alone, atol=1e-10)
+    assert (loss > 0) == (model.config.rival == "ila")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.encode_video(x).shape == (3, 128)
+    points = model.interactive_points(x)
+    assert [p.shape for p in points] == ([(3, 4, 2)] * 4 if model.config.rival == "ila" else [])
+    with pytest.raises(ValueError, match="no text"):
+        model.encode_names(NAMES)
+    for names in (NAMES[:2], NAMES[::-1], "abc"):
+        with pytest.raises(ValueError):
+            model.set_classes(names)
+    model.set_epoch(31)
+    assert abs(float(model.delta) - 0.05) < 1e-12
+    with torch.no_grad():  # who sees time tells a video from its reversal
+        assert (model(x)[0] - model(x.flip(1))[0]).abs().max() > 1e-6
+
+
+@each_kind
+def test_what_trains(kind):
+    """All that trains gets a gradient; EVL's tower is frozen, every other one trains."""
+    model = toy(kind).train()
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tower = {name for name in names if name.startswith("clip.")}
+    assert tower == (set() if "EVL" in kind else {"clip." + name for name, _ in model.clip.named_parameters()
+                                                  if name.startswith("visual.")})
+    torch.manual_seed(0)
+    logits, loss = model(clips())
+    (F.cross_entropy(logits, torch.tensor([0, 2])) + loss).backward()
+    assert stray(model) == []
+    aligners = {name for name in names if ".aligners." in name or name.startswith("aligners.")}
+    assert bool(aligners) == (kind != "EVL")
+
+
+def kept_bytes(model):
+    """Bytes that a training step keeps for its backward pass."""
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits, loss = model.train()(clips(dtype=torch.float32))
+        (logits.sum() + loss).backward()
+    return sum(kept.values())
+
+
+def test_evl_keeps_little_for_backward():
+    """A frozen tower's values are not kept: with 12 blocks less than half of what fine-tuning all keeps."""
+    def model(**settings):
+        return make_ila(tiny_clip(vision_layers=12), ILAConfig(frames=4, num_classes=3, **settings))
+    evl, full = model(host="evl", rival="none"), model(finetune=True, rival="none")
+    assert kept_bytes(evl) < 0.4 * kept_bytes(full)
+
+
+def test_drop_path():
+    model, x = toy("TimeSformer"), torch.ones(4000, 1, 2, dtype=torch.float64)
+    last = model.host.aligners[-1]
+    assert [round(block.drop, 6) for block in model.host.aligners] == [0, 0.033333, 0.066667, 0.1]
+    assert torch.equal(last.drop_path(x), x)  # not in evaluation
+    dropped = last.train().drop_path(x)
+    share = float((dropped == 0).all(dim=(1, 2)).double().mean())
+    assert 0.08 < share < 0.12 and abs(float(dropped.mean()) - 1) < 0.03
+    assert ((dropped == 0).all(dim=(1, 2)) | (dropped > 1).all(dim=(1, 2))).all()  # a video as a whole
+
+
+@each_kind
+def test_learns_order(kind):
+    """Brightening against darkening videos. In the miniature world all reach .98, and .99 inside reversed pairs:
+    train.py --protocol fewshot --method ila --set num_classes=20 host=evl rival=none, and so on."""
+    torch.manual_seed(0)
+    sizes = dict(resolution=16, vision_layers=2)
+    clip = tiny_clip(**sizes) if "EVL" in kind else image_tower(torch.float32, **sizes)
+    config = ILAConfig(frames=4, num_classes=2, align_weight=0.01, decoder_layers=2, **KINDS[kind])
+    model = make_ila(clip, config).train()
+    ramp = torch.linspace(-1, 1, 4).view(1, 4, 1, 1, 1)
+
+    def batch(n):
+        label = torch.arange(n) % 2
+        sign = 1 - 2 * label.view(n, 1, 1, 1, 1)
+        return sign * ramp + 0.1 * torch.randn(n, 4, 3, 16, 16), label
+    groups = {True: [], False: []}  # positions in time learn faster, as in the miniature
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["positions" in name].append(parameter)
+    optimizer = torch.optim.AdamW([{"params": groups[True], "lr": 2e-2}, {"params": groups[False]}], 5e-4)
+    for _ in range(60):
+        x, label = batch(8)
+        logits, loss = model(x)
+        optimizer.zero_grad()
+        (F.cross_entropy(logits, label) + loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    x, label = batch(40)
+    with torch.no_grad():
+        assert (model.eval()(x)[0].argmax(dim=1) == label).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(host="evl"), "needs num_classes"), (dict(host="timesformer"), "needs num_classes"),
+    (dict(host="evl", num_classes=3, rival="shift"), "rival=ila or rival=none"), (dict(host="vivit"), "allowed: clip"),
+    (dict(host="timesformer", num_classes=3, form="released-ssv2"), "form 'paper'"),
+    (dict(host="timesformer", num_classes=3, rival="divided", blocks="1-2"), "blocks=all"),
+    (dict(finetune=True), "with num_classes"), (dict(finetune=True, host="evl", num_classes=3), "host=clip")])
+def test_wrong_combinations(settings, words):
+    with pytest.raises(ValueError, match=words):
+        ILAConfig(**settings)
+
+
+def test_towers_that_do_not_fit():
+    with pytest.raises(ValueError, match="decoder_layers is 5; the tower has 4"):
+        make_ila(tiny_clip(), ILAConfig(frames=4, host="evl", num_classes=3, decoder_layers=5))
+    with pytest.raises(ValueError, match="make_ila"):
+        ILA(tiny_clip(), ILAConfig(frames=4, host="evl", num_classes=3))
+    for kind in KINDS:
+        if kind != "TimeSformer":
+            with pytest.raises(ValueError, match="takes"):
+                toy(kind)(clips(frames=5))
+
+
+@torch.no_grad()
+@each_kind
+def test_export_with_any_batch(kind):
+    model = toy(kind, torch.float32).requires_grad_(False)
+    program = torch.export.export(model, (clips(2, dtype=torch.float32),),
+                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    for batch in (1, 5):
+        x = clips(batch, dtype=torch.float32)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(program.module()(x), model(x)))
+
+
+def test_hosts_are_hosted():
+    assert all(isinstance(toy(kind), ILA if "host" not in KINDS[kind] else HostedILA) for kind in KINDS)
