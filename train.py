@@ -984,17 +984,14 @@ def has_linear_head(recipe):
 
 
 def known_tests(recipe, train_videos, tests):
-    """The test sets whose classes a linear head (num_classes, probe) knows, if any; says of the
-    others that they are left out. base2novel needs both halves and keeps them."""
+    """The test sets whose classes a linear head (num_classes, probe) knows, if there are any.
+
+    base2novel needs both halves and keeps them.
+    """
     known = {name: videos for name, videos in tests.items()
              if list(videos.classes) == list(train_videos.classes)}
     if not has_linear_head(vars(recipe)) or not known or recipe.protocol == "base2novel":
         return tests
-    rank, _ = data.rank_and_world()
-    left = [name for name in tests if name not in known]
-    if left and rank == 0:
-        print(f"not tested: {', '.join(left)}; a linear head knows only its training classes",
-              file=sys.stderr)
     return known
 
 
@@ -1050,6 +1047,7 @@ def run_recipe(recipe, root, folder, device):
         recipe.test_list, recipe.labels, recipe.upstream_labels)
     described = describe_data(train_videos, tests)
     data.check_same_data(described)  # before anything else: else processes wait for one another
+    all_tests = tests
     tests = known_tests(recipe, train_videos, tests)
     recipe = fit_recipe(recipe, len(train_videos.paths), device)
     described = vars(recipe) | {"data": described}
@@ -1068,6 +1066,9 @@ def run_recipe(recipe, root, folder, device):
         if rank == 0:  # only now: a start that fails leaves no trace
             save_json(folder / "recipe.json", described)
             print(announce(recipe, folder, train_videos, tests, device), file=sys.stderr)
+            for name in all_tests.keys() - tests.keys():
+                print(f"  not tested: {name}, whose classes the linear head does not know",
+                      file=sys.stderr)
             if run.progress["step"]:
                 print(f"  resumed at step {run.progress['step']}", file=sys.stderr)
         train_epochs(run)
