@@ -692,7 +692,9 @@ class Files:
         path = self.text(*map(os.path.basename, patterns))
         if path is None:
             line = f"{quoted(os.path.join(self.root, patterns[0]))} is missing"
-            if self.known:
+            if self.archives:
+                line += f": {self.how_to_unpack()}"
+            elif self.known:
                 lists = [self.known.labels, *(names[0] for names in self.known.lists.values())]
                 line += f": get it from {self.known.page}, or {some(lists, 2)} from "
                 line += "github.com/naver-ai/tc-clip"
@@ -800,7 +802,7 @@ class Files:
         names = some(os.path.relpath(path, self.root) for path in rars or self.archives)
         if not rars:
             return f"unpack {names}"
-        return f"unpack {names} with `unrar x`, and for HMDB-51 then the .rar files that come out"
+        return f"unpack {names} with `unrar x`, and then the .rar files that come out, if any"
 
 
 class Listed(NamedTuple):
@@ -829,8 +831,9 @@ def in_order(names):
 def read_labels(path):
     """Class names of a labels file in the order of their ids.
 
-    The file is CSV with the header id,name, or JSON {"0": name} or [name]. ValueError names the line that has
-    no name, a name or id a second time, or more cells than the header (a comma without quotes).
+    The file is CSV with the header id,name, or JSON {"0": name} or [name]. ValueError: an id has no
+    name, an id or a name is there twice, or a line has more cells than the header (a comma that is
+    not in quotes).
     """
     with expecting(path, "a labels file, CSV with the header id,name or JSON"):
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -917,10 +920,11 @@ def read_pairs(path, below):
         lines = Path(path).read_text("utf-8-sig").splitlines()
     pairs = []
     for i, line in enumerate(lines, 1):
-        name, _, number = line.strip().rpartition(" ")
-        if not line.strip():
+        parts = line.rsplit(maxsplit=1)
+        if not parts:
             continue
-        if not name or not number.isdecimal() or int(number) >= below:
+        name, number = parts[0].strip(), parts[-1]
+        if len(parts) == 1 or not number.isdecimal() or int(number) >= below:
             raise ValueError(f"{quoted(path)}, line {i}: expected `path label` with a label below "
                              f"{below}: {quoted(line)!r}")
         pairs.append((name, int(number)))
@@ -1231,6 +1235,7 @@ def zero_shot_k600(files, labels):
         if labels == "llm":
             names = files.need(f"ZS_{split}_K600_llm.json")
             tests[split] = renamed(tests[split], names)
+        check_classes(tests[split].classes, path)
     return tests
 
 
@@ -1286,18 +1291,18 @@ def named(videos, files, labels, upstream, half=""):
 
 
 def split_folder(root, shots, seed):
-    """One's own class folders: `shots` videos of each class to train on, the others to test."""
+    """One's own class folders: `shots` videos of each class to train on, {"test": the others}."""
     everything = class_folders(root)
     train = draw_shots(everything, shots, seed)
     drawn = {*train.paths}
     rest = [i for i, path in enumerate(everything.paths) if path not in drawn]
-    test = everything.keep(rest)
-    for label, name in enumerate(train.classes):
-        if label not in test.labels:
-            raise ValueError(f"{quoted(root)}: shots={shots} takes every video of "
-                             f"{quoted(name, 40)!r} for training and leaves none to test on: give "
-                             "it more videos, or lower shots")
-    return train, {"test": replace(test, notes=())}
+    test = replace(everything.keep(rest), notes=())
+    empty = {*range(len(train.classes))} - {*test.labels}
+    if empty:
+        names = some(train.classes[label] for label in sorted(empty))
+        raise ValueError(f"{quoted(root)}: shots={shots} takes every video of {names} for training "
+                         "and leaves none to test on: give more videos, or lower shots")
+    return train, {"test": test}
 
 
 def draw_shots(videos, shots, seed):
@@ -1321,17 +1326,19 @@ def same_classes(train, test, strict=False):
     Classes that only the training has get a note. strict: classes that only the test has are a
     ValueError; else such a test keeps its own classes, as base/ and novel/ do.
     """
-    if test.classes == train.classes or test.source in ("base/", "novel/"):
+    if test.source in ("base/", "novel/"):
         return test
-    strange = [name for name in test.classes if name not in train.classes]
+    trained = {train.classes[label] for label in {*train.labels}}
+    tested = {test.classes[label] for label in {*test.labels}}
+    strange = sorted(tested - trained)
     if strange and strict:
         raise ValueError(f"{test.source} has classes that {train.source} has no videos of "
                          f"({some(strange)}): a model cannot learn them")
-    if strange:
+    if not {*test.classes} <= {*train.classes}:
         return test
-    labels = tuple(train.classes.index(test.classes[label]) for label in test.labels)
-    absent = [name for name in train.classes if name not in test.classes]
-    test = replace(test, classes=train.classes, labels=labels)
+    new = [train.classes.index(name) for name in test.classes]
+    test = replace(test, classes=train.classes, labels=tuple(new[label] for label in test.labels))
+    absent = sorted(trained - tested)
     if absent:
         test = test.note(f"{test.source} has no videos of {len(absent)} of the "
                          f"{len(train.classes)} classes ({some(absent)})")
@@ -1392,16 +1399,22 @@ def published_half(files, half, *lists):
 
 
 def published_halves(files, shots, seed, listing):
-    """The published base-to-novel lists: (training VideoList or None, {half: VideoList} or {}).
+    """{"train", "base" or "novel": VideoList} of the published base-to-novel lists that are there.
 
-    Of 16 shots there are lists for the seeds 1, 2 and 3; else videos are drawn from all of base.
+    Of 16 shots there are lists for the seeds 1, 2 and 3. Else videos are drawn from the list of all
+    of base, unless the whole training set is listed.
     """
-    names = [f"fs_base_s{seed}_train.txt"] if shots == 16 else []
-    if listing is None or "train" not in listing.sets:
-        names.append("base_train.txt")
-    train = published_half(files, "base", *names)
-    tests = {half: published_half(files, half, f"{half}_val.txt") for half in ("base", "novel")}
-    return train, tests if all(tests.values()) else {}
+    lists = {"base": ["base_val.txt"], "novel": ["novel_val.txt"], "train": ["base_train.txt"]}
+    if listing is not None and "train" in listing.sets:
+        lists["train"] = []
+    if shots == 16:
+        lists["train"].insert(0, f"fs_base_s{seed}_train.txt")
+    sets = {}
+    for name, names in lists.items():
+        videos = published_half(files, "novel" if name == "novel" else "base", *names)
+        if videos:
+            sets[name] = videos
+    return sets
 
 
 def check_lists(protocol, files, train_list, test_list):
@@ -1503,38 +1516,49 @@ def also_trained_on(train, test):
     return test
 
 
-def whole_sets(protocol, files, listing, shots, train_list, test_list, labels):
-    """The training set and the test sets of a protocol with all their classes."""
+def whole_sets(protocol, files, listing, shots, seed, train_list, test_list, labels):
+    """The training set and {name: test set} of a protocol, with all classes."""
+    has_folders = any(files.has_folders(name) for name in ("train", *TEST_FOLDERS))
+    if files.known is None and not (has_folders or train_list or test_list):
+        return split_folder(files.root, shots, seed)
     if test_list:
         tests = {Path(test_list).stem: read_list(test_list, files, listing, labels)}
     else:
         tests = test_sets(files, listing)
+    if "split2" in tests or files.known and protocol in FEW_SHOT and "base" not in tests:
+        tests = dict([next(iter(tests.items()))])  # the other splits hold training videos
     if train_list:
         train = read_list(train_list, files, listing, labels)
     else:
         train = training_set(protocol, shots, files, listing, labels)
-    if "split2" in tests or files.known and protocol in FEW_SHOT and "base" not in tests:
-        tests = dict([next(iter(tests.items()))])  # the other splits hold training videos
-    for name, test in tests.items():
-        test = same_classes(train, test, strict=protocol in ("supervised", "fewshot"))
-        if files.known is None:
-            test = also_trained_on(train, test)
-        tests[name] = test
+    if files.known is None:
+        tests = {name: also_trained_on(train, test) for name, test in tests.items()}
     return train, tests
 
 
-def base_to_novel(files, listing, train, tests, base, rename):
-    """The base classes' training videos, and the test videos of the base and the novel classes."""
+def base_to_novel(files, listing, published, whole, base, rename):
+    """Training videos of the base classes, and test videos of the base and of the novel classes.
+
+    published: see `published_halves`; whole: computes the `whole_sets`, for what is not there.
+    """
+    lists = {name: rename(videos, half="novel" if name == "novel" else "base")
+             for name, videos in published.items()}
+    if lists.keys() == {"train", "base", "novel"}:
+        return lists.pop("train"), lists
+    train, tests = whole()
+    if {"base", "novel"} <= tests.keys():
+        return rename(train), {name: rename(videos) for name, videos in tests.items()}
     if {"base", "novel"} & tests.keys():
         raise ValueError(f"{quoted(files.root)}: of base/ and novel/ only one is there; give both, "
                          "or neither")
     base_labels, novel_labels = base_and_novel(files, listing, train.classes, base, train)
-    train, test = rename(train), rename(next(iter(tests.values())))
+    train = rename(train)
+    test = same_classes(train, rename(next(iter(tests.values()))))
     if test.classes != train.classes:
         raise ValueError(f"{quoted(files.root)}: base2novel needs the same classes in training and "
                          "test videos")
     tests = {"base": test.only(base_labels), "novel": test.only(novel_labels)}
-    return train.only(base_labels), tests
+    return lists.get("train", train.only(base_labels)), tests
 
 
 def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list="", labels="",
@@ -1546,35 +1570,25 @@ def load_protocol(protocol, dataset, root, shots, seed, train_list="", test_list
     videos. Of test splits the first: the others hold training videos. Raises ValueError.
     """
     files = open_files(dataset, root, upstream_labels)
-    rename = partial(named, files=files, labels=labels, upstream=upstream_labels)
     if dataset == "folder":
         check_lists(protocol, files, train_list, test_list)
+    rename = partial(named, files=files, labels=labels, upstream=upstream_labels)
     listing = find_listing(files)
-    base_train, half_tests = None, {}
-    if protocol == "base2novel" and not (train_list or test_list or base):
-        base_train, half_tests = published_halves(files, shots, seed, listing)
-    if base_train is None or not half_tests:
-        if dataset == "folder" and not train_list and not files.has_folders("train"):
-            train, tests = split_folder(root, shots, seed)
-        else:
-            train, tests = whole_sets(protocol, files, listing, shots, train_list, test_list,
-                                      labels)
-        if protocol == "base2novel" and not {"base", "novel"} <= tests.keys():
-            train, tests = base_to_novel(files, listing, train, tests, base, rename)
-        else:
-            train, tests = rename(train), {name: rename(videos) for name, videos in tests.items()}
-    if base_train:
-        train = rename(base_train, half="base")
-    if half_tests:
-        tests = {half: rename(videos, half=half) for half, videos in half_tests.items()}
+    whole = partial(whole_sets, protocol, files, listing, shots, seed, train_list, test_list,
+                    labels)
+    if protocol == "base2novel":
+        published = {}
+        if not (train_list or test_list or base):
+            published = published_halves(files, shots, seed, listing)
+        train, tests = base_to_novel(files, listing, published, whole, base, rename)
+    else:
+        train, tests = whole()
+        train = rename(train)
+        strict = protocol in ("supervised", "fewshot")
+        tests = {name: same_classes(train, rename(test), strict) for name, test in tests.items()}
     if protocol in FEW_SHOT and not train_list:
         train = draw_shots(train, shots, seed)
     return train, tests
-
-
-def validation_set(tests):
-    """The name of the set on which the best epoch is chosen: one's own val, else the first test."""
-    return "val" if "val" in tests else next(iter(tests))
 
 
 # ---- processes -----------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def test_ones_own_class_folders(tmp_path):
     train, tests = data.load_protocol("fewshot", "folder", tmp_path, 3, 0)
     assert len(train.paths) == 6 and len(tests["test"].paths) == 4 and not {*train.paths} & {*tests["test"].paths}
     touch(tmp_path, "run/5.mp4")
-    with pytest.raises(ValueError, match="every video of 'walk' .* leaves none to test on"):
+    with pytest.raises(ValueError, match="every video of walk .* leaves none to test on"):
         data.load_protocol("fewshot", "folder", tmp_path, 5, 0)
 
 
@@ -739,7 +739,9 @@ def test_archives_that_are_half_unpacked(tmp_path):
         shutil.rmtree(tmp_path / action)
     assert "none of its 10 videos" in refusal("hmdb51", tmp_path) and "unrar x" in refusal("hmdb51", tmp_path)
     touch(tmp_path, "k400/a.tar.gz")
-    assert "k400/val.csv is missing" in refusal("k400", tmp_path / "k400")
+    assert "k400/val.csv is missing: unpack a.tar.gz" in refusal("k400", tmp_path / "k400")
+    touch(tmp_path, "packed/test_train_splits.rar", "packed/hmdb51_org.rar")
+    assert "is missing: unpack hmdb51_org.rar, test_train_splits.rar with `unrar x`" in refusal("hmdb51", tmp_path / "packed")
 
 
 def test_missing_kinetics_videos_are_counted(tmp_path):
@@ -904,12 +906,33 @@ def test_training_videos_are_left_out_of_a_test(tmp_path):
     assert len(whole.paths) == 10 and not whole.notes
 
 
-def test_the_set_on_which_the_best_epoch_is_chosen(tmp_path):
+def test_sets_of_ones_own(tmp_path):
     own_folders(tmp_path, sets=("train", "val", "test"))
     _, tests = data.load_protocol("supervised", "folder", tmp_path, 1, 0)
-    assert list(tests) == ["test", "val"] and data.validation_set(tests) == "val"
-    shutil.rmtree(tmp_path / "val")
-    _, tests = data.load_protocol("supervised", "folder", tmp_path, 1, 0)
-    assert data.validation_set(tests) == "test"
+    assert list(tests) == ["test", "val"]
     shutil.rmtree(tmp_path / "train")
     assert "no train/<class>" in refusal("fewshot", "folder", tmp_path, 1, 0)
+
+
+def test_lists_of_ones_own_without_a_class(tmp_path):
+    """A class that only the training list or only the test list has videos of."""
+    own_folders(tmp_path, "abc", sets=("v",))
+    labels_csv(tmp_path / "labels.csv", "abc")
+    (tmp_path / "l1.txt").write_text("v/a/v0.mp4 0\nv/b/v0.mp4\t1\n")
+    (tmp_path / "l2.txt").write_text("v/a/v1.mp4 0\nv/b/v1.mp4  1\nv/c/v1.mp4 2\n")
+    lists = dict(train_list=tmp_path / "l1.txt", test_list=tmp_path / "l2.txt")
+    assert "l2.txt has classes that l1.txt has no videos of (c)" in refusal("supervised", "folder", tmp_path, 1, 0, **lists)
+    lists = dict(train_list=tmp_path / "l2.txt", test_list=tmp_path / "l1.txt")
+    _, tests = data.load_protocol("supervised", "folder", tmp_path, 1, 0, **lists)
+    assert tests["l1"].notes == ("l1.txt has no videos of 1 of the 3 classes (c)",) and tests["l1"].labels == (0, 1)
+
+
+def test_folders_by_number_beside_a_list(tmp_path):
+    """Training folders that are named by ids, a test list whose labels are the same ids."""
+    own_folders(tmp_path, [str(i) for i in range(11)], sets=("train",))
+    labels = labels_csv(tmp_path / "labels.csv", [f"action {i}" for i in range(11)])
+    touch(tmp_path, *(f"v/{i}.mp4" for i in range(11)))
+    (tmp_path / "l.txt").write_text("".join(f"v/{i}.mp4 {i}\n" for i in range(11)))
+    train, tests = data.load_protocol("supervised", "folder", tmp_path, 1, 0, test_list=tmp_path / "l.txt", labels=labels)
+    assert owner_of(train) == {str(i): f"action {i}" for i in range(11)}
+    assert as_named(tests["l"]) == owner_of(train) and tests["l"].classes == train.classes
