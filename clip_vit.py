@@ -1433,7 +1433,7 @@ FORMATS = (  # from the most special to CLIP's plain keys, which many others hol
            "config.json", read_hugging_face_config),
     Format("CLIP", "", as_it_is, "open_clip_config.json", read_open_clip_config),
 )
-VIDEO_FORMATS = ("ViFi-CLIP", "TC-CLIP", "ILA")  # those that eval.load_model reads
+VIDEO_FORMATS = ("ViFi-CLIP", "TC-CLIP", "ILA", "EVL", "TimeSformer")  # those that eval.load_model reads
 
 
 def recognise(weights):

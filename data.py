@@ -1717,7 +1717,8 @@ def check_same_on_all(description):
 # [released] TC-CLIP, ILA and ViFi-CLIP normalise with ImageNet's constants
 MEANS = {"imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
          "clip": ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)),
-         "half": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))}  # Google's and timm's ViT
+         "half": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),  # Google's and timm's ViT
+         "slowfast": ((114.75, 114.75, 114.75), (57.375, 57.375, 57.375))}  # TimeSformer
 
 
 def normalise(video, pixels="imagenet"):

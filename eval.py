@@ -206,16 +206,27 @@ def read_vifi(weights, clip, merges):
     return FramePool(load_clip(state, clip.merges)), {"method": "vifi"}
 
 
+HOST_VIEWS = {  # [released] how ILA's hosts see a video; EVL and TimeSformer are tested as trained
+    "clip": {},
+    "evl": {"pixels": "clip", "clips": 3},
+    "timesformer": {"pixels": "slowfast", "clips": 1, "crops": 3},
+}
+
+
 def read_ila(weights, clip, merges):
-    """A released ILA. Its file holds CLIP too, for SSv2 only the image tower."""
-    own_clip = load_clip(released_clip(weights.state), merges)
+    """A released ILA, TimeSformer or EVL.
+
+    ILA's file holds CLIP too, for SSv2 only the image tower, and TimeSformer's its own tower. EVL's
+    holds none: it is that of `clip`.
+    """
     config = released_ila_config(weights.state)
-    model = ILA(own_clip, config)
+    own_clip = clip or load_clip(released_clip(weights.state), merges)
+    model = make_ila(own_clip, config)
     load_released_ila(model, weights.state)
-    return model, {
-        "method": "ila", "frames": config.frames, "model": settings_of(config),
-        "sampling": "tsn" if config.num_classes is None else "uniform",
-        "clip": openai_name(own_clip.visual)}
+    recipe = {"method": "ila", "frames": config.frames, "model": settings_of(config)}
+    if config.num_classes is not None:
+        recipe["sampling"] = "uniform"
+    return model, recipe | {"clip": openai_name(own_clip.visual)} | HOST_VIEWS[config.host]
 
 
 def openai_name(visual):
@@ -224,16 +235,19 @@ def openai_name(visual):
     return OPENAI_TOWERS.get((visual.width, patch, visual.resolution), "")
 
 
-RELEASED = {"TC-CLIP": read_tc, "ViFi-CLIP": read_vifi, "ILA": read_ila}  # by the format's title
-NEED_CLIP = ("TC-CLIP", "ViFi-CLIP")  # their files hold no token embedding
+RELEASED = {  # by the format's title
+    "TC-CLIP": read_tc, "ViFi-CLIP": read_vifi, "ILA": read_ila, "TimeSformer": read_ila,
+    "EVL": read_ila}
+NEED_CLIP = ("TC-CLIP", "ViFi-CLIP", "EVL")  # their files hold no token embedding, EVL's no CLIP
 
 
 def load_model(source, clip="ViT-B/16", merges=None, device=None, activation=None, head_width=None):
     """A model in eval mode, and the recipe (a dict) of how it sees videos.
 
-    `source` is a checkpoint of train.py or its run folder, a released TC-CLIP, ViFi-CLIP or ILA, or
-    all that load_clip takes, for vanilla CLIP. `clip` is what a released TC-CLIP or ViFi-CLIP was
-    tuned from; it gives the token embedding. Raises ValueError that names the file.
+    `source` is a checkpoint of train.py or its run folder, a released TC-CLIP, ViFi-CLIP, ILA, EVL
+    or TimeSformer, or all that load_clip takes, for vanilla CLIP. `clip` is what a released
+    TC-CLIP, ViFi-CLIP or EVL was tuned from; it gives what the file lacks. Raises ValueError that
+    names the file.
     """
     weights = open_weights(source)
     unusable = weights._replace(name=f"{weights.name}: not weights that can be used")

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from figures import weights
+from figures import make_files, weights
 from helpers import tiny_clip
 from test_ila import clips, lively, stray
 
+import eval as evaluation
 from clip_vit import load_clip
 from ila import ILA, EVLLayer, HostedILA, ILAConfig, RecordedBlock, load_released, make_ila, released_clip, released_config
 
@@ -160,6 +161,20 @@ def test_loading_is_strict(name, layout, prefix):
             load_released(model, wrong)
     with pytest.raises(ValueError, match="not a released ILA, TimeSformer or EVL"):
         released_config({"a": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("name, file, views", [
+    ("timesformer", "checkpoint_epoch_00015.pyth", {"pixels": "slowfast", "clips": 1, "crops": 3, "sampling": "uniform"}),
+    ("evl", "checkpoint-50000.pth", {"pixels": "clip", "clips": 3, "crops": 1})])
+def test_released_files(name, file, views, tmp_path):
+    """As they are distributed: nothing else is needed, except EVL's CLIP."""
+    make_files.make(FIGURES / f"{name}.json", tmp_path)
+    model, recipe = evaluation.load_model(tmp_path / file, tmp_path / "clip.pt" if name == "evl" else "nothing")
+    assert recipe["method"] == "ila" and recipe["frames"] == 4 and views.items() <= recipe.items()
+    with torch.no_grad():
+        agree(model(video())[0], np.load(FIGURES / f"{name}.npz")["logits"])
+    again = evaluation.build_model(recipe, model.clip)  # the recipe alone builds it
+    again.load_state_dict(model.state_dict())
 
 
 # ---- what every host promises ----------------------------------------------------------------------------------------
