@@ -8,9 +8,11 @@ first, unless said otherwise.
 """
 import csv
 import ctypes
+import errno
 import fnmatch
 import hashlib
 import html
+import io
 import json
 import multiprocessing
 import multiprocessing.queues
@@ -18,6 +20,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import unicodedata
 import uuid
@@ -26,8 +29,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
-from itertools import permutations
+from itertools import chain, permutations
 from pathlib import Path
+from time import sleep
 from typing import Callable, NamedTuple
 
 import av
@@ -35,6 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import VideoReformatter
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
@@ -90,7 +95,7 @@ SAMPLERS = {"tsn": frame_indices, "uniform": uniform_indices}
 def view_indices(total, frames, clips, indices=frame_indices):
     """[ours] (clips, frames) positions: each of `frames` segments gives one frame to every clip.
 
-    The clips' offsets within a segment are equally spaced and the same at every evaluation. For TSN,
+    The offsets within a segment are equally spaced and the same at every evaluation. For TSN,
     clip c takes frame floor((i + (2c+1) / (2 clips)) total / frames) of segment i.
     """
     return indices(total, frames * clips).reshape(frames, clips).T
@@ -100,153 +105,521 @@ def view_indices(total, frames, clips, indices=frame_indices):
 
 MAX_PIXELS = 8192 * 4320  # [ours] 8K cinema, the largest frame in use; decoding one takes 0.3 GB
 MAX_ASPECT = 32  # [ours] long side / short side; narrower frames grow too large when resized
+MAX_BYTES = 2**28  # [ours] of the frames taken from one video
+HELD_BYTES = 2**25  # up to this size a file's packets stay in memory and are not read twice
+PAUSES = (0.1, 1.0, 3.0)  # seconds, before a file is tried again after the system has failed
+SYSTEM_ERRORS = {errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN,
+                 errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.ENOTCONN,
+                 errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.ECONNRESET}
+# The formats that a file may have, whatever its suffix. Playlists (hls, dash, concat) are not among
+# them: they lead to other files.
+FORMATS = ("mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,mxf,rm,dv,nut,ivf,h264,hevc,"
+           "m4v,mjpeg,vc1,obu,dhav,wtv,yuv4mpegpipe")
+PACKED = rb"DivX\d+(b|Build)\d+p"  # [DivX, XviD] says that packets may hold two pictures
 
 
 class VideoError(ValueError):
     """A video that cannot be read; the message is "<path>: <reason>"."""
 
 
-def read_frames(path, pick, short_side, max_pixels=MAX_PIXELS):
-    """Decode the frames that `pick(total)` asks for, upright, with their short side at `short_side` pixels.
+class ReadError(OSError):
+    """The system failed, not the video: disk, network, memory. The message is "<path>: <reason>".
 
-    pick: number of frames -> integer array (...) with values in [0, total). It is asked again where a damaged file
-    holds other than the frames that it claims: positions refer to those that decode.
-    Returns uint8 (..., 3, h, w), all of the first one's size. The compressed file is held in memory meanwhile.
-    VideoError: file absent or unreadable, no video stream, no frame that decodes, frames above `max_pixels` pixels.
+    Bad videos may be skipped. This must stop the run, so it is no VideoError.
     """
-    frames, total = read_pass(path, pick, short_side, max_pixels, None)
-    while frames is None:  # a third pass at most: the second has counted
-        frames, total = read_pass(path, pick, short_side, max_pixels, total)
-    return frames
+
+
+class Video(NamedTuple):
+    """An open file, its best video stream, and a decoder for it."""
+
+    container: av.container.InputContainer
+    stream: av.VideoStream
+    codec: av.VideoCodecContext
+
+
+class WatchedFile(io.FileIO):
+    """A file that keeps the error of a failed read, which FFmpeg may take for the file's end."""
+
+    error = None
+
+    def read(self, size=-1):
+        """Read at most `size` bytes; none at the end, or if the system fails."""
+        try:
+            return super().read(size)
+        except OSError as error:
+            self.error = error
+            return b""
 
 
 @contextmanager
-def open_video(path, max_pixels):
-    """An open (container, video stream, its codec); whatever goes wrong with them becomes a VideoError."""
+def open_video(path, max_pixels=MAX_PIXELS, threads=1):
+    """Open a Video. Whatever goes wrong with it becomes a VideoError or a ReadError."""
+    file = None
     try:
-        if not os.path.isfile(path):  # a pipe or a device might block for ever
-            raise ValueError("no such file")
-        limit = {"max_pixels": str(max_pixels)}  # both decode: av.open to learn the frame size, then the codec
-        # "file:" as a name may look like an address; a title that is not UTF-8 does not matter.
-        with av.open(f"file:{path}", options=limit, metadata_errors="replace") as container:
-            stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None:
-                raise ValueError("no video stream that can be decoded")
-            codec = stream.codec_context
-            if not 0 < codec.width * codec.height <= max_pixels:
-                raise ValueError(f"frame size unknown or above {max_pixels} pixels")
-            codec.options, codec.thread_count = limit, 1  # loaders have workers; threads decode damage differently
-            yield container, stream, codec
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device might block for ever
+            raise FileNotFoundError(errno.ENOENT, "no such file")
+        with WatchedFile(os.fspath(path)) as file:
+            # av.open decodes too, to learn the frame size. Titles need not be UTF-8.
+            limit = {"max_pixels": str(max_pixels)}
+            options = limit | {"format_whitelist": FORMATS}
+            with av.open(file, options=options, metadata_errors="replace") as container:
+                stream = container.streams.best("video")
+                if stream is None or stream.codec_context is None:
+                    raise ValueError("no video stream that can be decoded")
+                codec = stream.codec_context
+                if not 0 < codec.width * codec.height <= max_pixels:
+                    raise ValueError(f"frame size unknown or above {max_pixels} pixels")
+                codec.options, codec.thread_count = limit, threads
+                yield Video(container, stream, codec)
+            if file.error:
+                raise file.error
+    except (VideoError, ReadError):
+        raise
     except (av.FFmpegError, OSError, ValueError, LookupError) as error:
-        raise VideoError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        cause = file.error if file and file.error else error
+        number = getattr(cause, "errno", None)
+        reason = getattr(cause, "strerror", None) or cause
+        if number == errno.ENOENT:
+            reason = "no such file"
+        elif number == errno.EINVAL:
+            reason = "no video, or in a format that is not read"
+        kind = ReadError if number in SYSTEM_ERRORS else VideoError
+        raise kind(f"{path}: {reason}") from error
 
 
-def read_pass(path, pick, short_side, max_pixels, total):
-    """One pass over a file -> (frames, total), or (None, a better total). `total`: what the pass before has counted,
-    None in the first, which believes in one frame per packet."""
-    with open_video(path, max_pixels) as (container, stream, codec):
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        stamps = [packet.pts for packet in packets if not packet.is_discard]
-        believed = total is None
-        ranked = believed and codec.name == "h264" and None not in stamps
-        ranked = ranked and len(set(stamps)) == len(stamps)
-        ranked = ranked and container.format.name.startswith(("mov", "matroska"))
-        total = total or len(stamps)
-        if not total:
-            raise ValueError("no video frames")
-        index = np.asarray(pick(total))
-        wanted, convert = set(index.flat), partial(to_image, VideoReformatter(), short_side)
-        if ranked:
-            images, found = skim(codec, packets, sorted(stamps), wanted, convert), total
-        else:
-            images, found = count(codec, packets, wanted, convert, total if believed else None)
-        if images is None or found != total:
-            return None, found
-        first = images[index.flat[0]]
-        frames = torch.cat([resize(images[i], *first.shape[-2:]) for i in index.flat])  # sizes may change midway
-        return frames.view(*index.shape, *first.shape[1:]), total
-
-
-def restarts(packet):
-    """Whether an h264 packet (units, each after 4 bytes of size) has an IDR picture (type 5): none refers past it."""
-    data, start = bytes(packet) if packet.is_keyframe else b"", 0
-    while start + 4 < len(data):
-        if data[start + 4] & 31 == 5:
-            return True
-        start += 4 + int.from_bytes(data[start:start + 4], "big")
-    return False
+def demux(video):
+    """Iterate over the packets of a Video in decoding order, with one picture in each."""
+    packets = (packet for packet in video.container.demux(video.stream) if packet.size)
+    if not re.search(PACKED, video.codec.extradata or b""):
+        return packets
+    unpack = BitStreamFilterContext("mpeg4_unpack_bframes", video.stream)
+    return chain.from_iterable(unpack.filter(packet) for packet in chain(packets, [None]))
 
 
 def decode(codec, packet):
-    """The frames that a packet decodes to (None: those that the decoder still holds), or None where it is damaged."""
+    """The frames that come out for a packet (None: those still held), or None if it is damaged."""
     try:
         return codec.decode(packet)
     except av.InvalidDataError:
         return None
 
 
-def skim(codec, packets, stamps, wanted, convert):
-    """Decode h264 without the frames that neither `wanted` nor the decoder needs -> {position: image}; None if damaged.
-
-    A frame's position is the rank of its time stamp, known before anything is decoded. The decoder needs what other
-    frames refer to, from the last restart (IDR picture) to the last wanted frame before the next.
-    """
-    rank = {stamp: position for position, stamp in enumerate(stamps)}
-    missing, images = wanted | {0}, {}  # 0: where the first pictures do not decode, ranks are not positions
-    chosen, needed = [], False
-    for packet in reversed(packets):
-        keep = rank.get(packet.pts) in missing
-        needed = needed or keep
-        if needed:
-            chosen.append((packet, keep))
-        needed = needed and not restarts(packet)
-    for packet, keep in [*reversed(chosen), (None, True)]:
-        codec.skip_frame = "DEFAULT" if keep else "NONREF"
-        decoded = decode(codec, packet)
-        if decoded is None or any(frame.is_corrupt or frame.pts not in rank for frame in decoded):
-            return None
-        for frame in decoded:
-            position = rank[frame.pts]
-            missing.discard(position)
-            if position in wanted:
-                images[position] = convert(frame)
-    return None if missing else images
-
-
-def count(codec, packets, wanted, convert, total=None):
-    """Decode in order -> ({position: image}, total). Stops at the last of `wanted` if a `total` is given and no packet
-    is bad; else goes on to the end, to count what decodes."""
-    images, seen = {}, 0
-    for packet in [*packets, None]:
-        decoded = decode(codec, packet)
-        total = None if decoded is None else total
-        for frame in decoded or ():
-            if seen in wanted:
-                images[seen] = convert(frame)
-            seen += 1
-        if total and len(images) == len(wanted):
-            return images, total
-    if not seen:
-        raise ValueError("no frame decodes")
-    return images, seen
-
-
 def to_image(reformatter, short_side, frame):
-    """A decoded frame -> uint8 (1, 3, h, w): to RGB at its own size, then resized, then turned upright."""
-    if max(frame.width, frame.height) > MAX_ASPECT * min(frame.width, frame.height):
+    """Convert a decoded frame to uint8 RGB (1, 3, h, w), resized and upright."""
+    short, long = sorted((frame.width, frame.height))
+    if long > MAX_ASPECT * short:
         raise ValueError(f"frames of {frame.width}x{frame.height} pixels are too narrow")
     rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
-    scale = short_side / min(frame.width, frame.height)
-    image = torch.from_numpy(rgb)[None].permute(0, 3, 1, 2)
+    image = torch.from_numpy(rgb)[None].permute(0, 3, 1, 2)  # (1, 3, H, W)
+    scale = short_side / short
     image = resize(image, round(frame.height * scale), round(frame.width * scale))  # (1, 3, h, w)
-    return torch.rot90(image, round(frame.rotation / 90), (2, 3)) if frame.rotation else image
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return image if matrix is None else upright(image, np.frombuffer(matrix, np.int32))
+
+
+def upright(image, matrix):
+    """Turn and mirror an image (..., h, w) as a display matrix says, to the nearest quarter turn.
+
+    The matrix (a b u; c d v; x y w) moves pixel (x, y) to (a x + c y, b x + d y), y downwards
+    [ISO 14496-12].
+    """
+    a, b, _, c, d = matrix[:5].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):  # x and y change places
+        image, a, d = image.mT, c, b
+    if a < 0:
+        image = image.flip(-1)
+    if d < 0:
+        image = image.flip(-2)
+    return image
 
 
 def resize(images, height, width):
-    """uint8 (N, 3, H, W) -> (N, 3, height, width): bilinear, antialiased (else downscaling errs by up to 98 of 255)."""
+    """Resize uint8 (N, 3, H, W) to (N, 3, height, width), bilinear and antialiased.
+
+    Without antialiasing, downscaling errs by up to 98 of 255.
+    """
     if images.shape[-2:] == (height, width):
         return images
     return F.interpolate(images, (height, width), mode="bilinear", antialias=True)
+
+
+def decode_all(codec, packets, positions, convert):
+    """Decode all packets in order: ({position: image}, frames that decode, damaged)."""
+    images, wanted, seen, damaged = {}, set(positions), 0, 0
+    for packet in chain(packets, [None]):
+        frames = decode(codec, packet)
+        if frames is None:
+            damaged += 1
+            continue
+        for frame in frames:
+            damaged += frame.is_corrupt
+            if seen in wanted:
+                images[seen] = convert(frame)
+            seen += 1
+    if not seen:
+        raise ValueError("no frame decodes")
+    return images, seen, damaged
+
+
+# From here to decode_wanted: finding the packets that the wanted frames need, so that no others are
+# decoded and an hour is read in seconds. This may be skipped at first reading; test_video.py shows
+# that the frames are those of decode_all.
+
+
+class Entry(NamedTuple):
+    """What is known of a packet before it is decoded.
+
+    picture: I needs no earlier packet, nor does anything shown after it; P may need earlier ones;
+    B is needed by none and shown at once; - shows nothing; ? cannot be told.
+    """
+
+    picture: str
+    stamp: int  # presentation time, or None
+    shown: bool  # whether a frame should come out
+    mark: tuple  # by which the packet is known again
+
+
+def nal_units(packet, codec, place):
+    """The units of an h264 or HEVC packet: each follows a start code (ts, avi) or its size (mp4,
+    mkv), of as many bytes as the header tells at `place`."""
+    data, header = bytes(packet), codec.extradata or b""
+    if header[:1] != b"\1":
+        return data.split(b"\0\0\1")[1:]
+    width = (header[place] & 3) + 1
+    units, start = [], width
+    while start < len(data):
+        size = int.from_bytes(data[start - width:start], "big")
+        units.append(data[start:start + size])
+        start += size + width
+    return units
+
+
+def h264_picture(packet, codec):
+    """I is an IDR picture, or a recovery point from which all is exact without further frames."""
+    if packet.is_keyframe:
+        for unit in nal_units(packet, codec, 4):
+            if unit[:1] and unit[0] & 31 == 5:
+                return "I"
+            if unit[:2] == b"\6\6" and unit[3:4] >= b"\xc0":
+                return "I"
+    return "P"
+
+
+def hevc_picture(packet, codec):
+    """I is an IDR, CRA or BLA picture."""
+    if packet.is_keyframe:
+        for unit in nal_units(packet, codec, 21):
+            if unit[:1] and 16 <= unit[0] >> 1 <= 21:
+                return "I"
+    return "P"
+
+
+def mpeg2_picture(packet, codec):
+    """MPEG-1 and MPEG-2 name the type after the start code and ten bits."""
+    data = bytes(packet)
+    start = data.find(b"\0\0\1\0") + 4
+    if not 4 <= start < len(data) - 1:
+        return "?"
+    return "?IPB????"[data[start + 1] >> 3 & 7]
+
+
+def mpeg4_picture(packet, codec):
+    """MPEG-4 names the type after the start code. Tiny pictures may be marks that show nothing."""
+    data = bytes(packet)
+    start = data.find(b"\0\0\1\xb6") + 4
+    if not 4 <= start < len(data) - 16:
+        return "?"
+    return "IPBP"[data[start] >> 6]
+
+
+def vp8_picture(packet, codec):
+    """VP8: bit 0 of a frame says that it is no key frame, bit 4 that it is shown."""
+    bits = bytes(packet)[0]
+    if not bits & 16:
+        return "-"
+    return "P" if bits & 1 else "I"
+
+
+def vp9_picture(packet, codec):
+    """VP9: bits for "shows an earlier frame", "no key frame" and "is shown".
+
+    Hidden frames come in one packet with a shown one, which the last byte marks.
+    """
+    data = bytes(packet)
+    bits = data[0]
+    if bits & 48 == 48:  # profile 3 has one more bit before
+        bits <<= 1
+    if not bits & 10 and data[-1] & 224 != 192:
+        return "-"
+    return "P" if bits & 12 else "I"
+
+
+def av1_picture(packet, codec):
+    """AV1: a packet holds one shown frame, and the hidden ones that it needs."""
+    return "I" if packet.is_keyframe else "P"
+
+
+def intra_picture(packet, codec):
+    """Every frame is coded by itself."""
+    return "I"
+
+
+PICTURES = {"h264": h264_picture, "hevc": hevc_picture, "mpeg1video": mpeg2_picture,
+            "mpeg2video": mpeg2_picture, "mpeg4": mpeg4_picture, "vp8": vp8_picture,
+            "vp9": vp9_picture, "av1": av1_picture, "mjpeg": intra_picture,
+            "rawvideo": intra_picture, "dvvideo": intra_picture, "prores": intra_picture,
+            "dnxhd": intra_picture}
+SKIPPING = ("h264", "mpeg1video", "mpeg2video", "mpeg4")  # their decoders can leave out pictures
+# that no other needs
+
+
+class Survey(NamedTuple):
+    """A Video whose packets were read once."""
+
+    path: str
+    video: Video
+    entries: list  # of each packet, in decoding order
+    held: list  # the packets; empty if they are large
+
+
+def survey_packets(path, video):
+    """Read all packets of a Video and decode none: a Survey."""
+    picture_of = PICTURES.get(video.codec.codec.canonical_name)
+    entries, held, size = [], [], 0
+    for packet in demux(video):
+        picture = picture_of(packet, video.codec) if picture_of else "?"
+        shown = picture != "-" and not packet.is_discard
+        entries.append(Entry(picture, packet.pts, shown, mark_of(packet)))
+        held.append(packet)
+        size += packet.size
+        if size > HELD_BYTES:
+            held.clear()
+    return Survey(path, video, entries, held)
+
+
+def mark_of(packet):
+    """What tells a packet from the others of its file."""
+    return packet.dts, packet.size, packet.pos
+
+
+def seek(video, mark):
+    """The packets from the one with this mark on; none if the container does not find it."""
+    try:
+        video.container.seek(mark[0] or 0, stream=video.stream)
+    except av.FFmpegError:
+        return iter(())
+    packets = demux(video)
+    for packet in packets:
+        if mark_of(packet) == mark:
+            return chain([packet], packets)
+    return packets
+
+
+def read_needed(survey, needed):
+    """Yield (number, packet) for the numbers `needed`, in order, from memory or from the file."""
+    if survey.held:
+        for number in sorted(needed):
+            yield number, survey.held[number]
+        return
+    for number in sorted(needed):
+        mark = survey.entries[number].mark
+        if number - 1 not in needed:
+            packets = seek(survey.video, mark)
+        packet = next(packets, None)
+        if packet is None or mark_of(packet) != mark:
+            break  # this container cannot seek
+        yield number, packet
+    else:
+        return
+    with open_video(survey.path) as video:
+        for again, packet in enumerate(demux(video)):
+            if again >= number and again in needed:
+                yield again, packet
+
+
+def display_order(codec, entries):
+    """The packets' numbers in the order in which they are shown, or None if that is in doubt."""
+    pictures = [entry.picture for entry in entries]
+    if "?" in pictures or "I" not in pictures or ("B" in pictures and not codec.has_b_frames):
+        return None
+    if codec.codec.canonical_name in ("h264", "hevc"):
+        stamps = [entry.stamp for entry in entries]
+        shown = [entry.stamp for entry in entries if entry.shown]
+        if None in stamps or len(set(shown)) < len(shown):
+            return None
+        if codec.has_b_frames and shown == sorted(shown):
+            return None  # the stamps follow the order of decoding
+        return sorted(range(len(entries)), key=stamps.__getitem__)
+    order, waiting = [], []
+    for number, picture in enumerate(pictures):
+        if picture == "B":
+            order.append(number)
+        else:  # is shown when the next one that is no B has been decoded
+            order += waiting
+            waiting = [number]
+    return order + waiting
+
+
+class Contents(NamedTuple):
+    """Which packets show which frames. Packets are numbered in the order of decoding."""
+
+    pictures: list  # of each packet, as in Entry
+    rank: list  # of each packet: its place in display order
+    frames: list  # the packet of each frame, in display order
+
+
+def contents_of(survey):
+    """The Contents of a file, or None if they are in doubt.
+
+    A video that was cut may begin with pictures that need what was cut off. What is shown before
+    the first I is therefore decoded, to see what of it comes out.
+    """
+    order = display_order(survey.video.codec, survey.entries)
+    if order is None:
+        return None
+    rank = [0] * len(order)
+    for place, number in enumerate(order):
+        rank[number] = place
+    pictures = [entry.picture for entry in survey.entries]
+    lost = set(order[:rank[pictures.index("I")]])
+    if lost:
+        try:
+            lost -= {frame.pts for frame in decode_some(survey, range(max(lost) + 1))}
+        except av.InvalidDataError:
+            return None
+    frames = [number for number in order if survey.entries[number].shown and number not in lost]
+    return Contents(pictures, rank, frames) if frames else None
+
+
+def decode_some(survey, needed, whole=None):
+    """Decode the packets with the numbers `needed`. A frame's pts becomes its packet's number.
+
+    whole: if given, other packets may be left out where no frame needs them.
+    """
+    codec = survey.video.codec
+    for number, packet in read_needed(survey, needed):
+        if whole is not None:
+            codec.skip_frame = "DEFAULT" if number in whole else "NONREF"
+        packet.pts = number
+        yield from codec.decode(packet)
+        if number + 1 not in needed:
+            yield from codec.decode(None)  # what the decoder still holds
+            codec.flush_buffers()
+
+
+def needed_packets(contents, wanted):
+    """The packets that those in `wanted` need: all from the last I before that is shown no later.
+
+    Returns (needed, sound); sound leaves out what is shown before the I at which decoding begins:
+    it comes out wrong, if at all.
+    """
+    pictures, rank, _ = contents
+    needed, sound = set(), set()
+    for number in sorted(wanted, reverse=True):
+        if number in sound:
+            continue
+        start = number
+        while start and (pictures[start] != "I" or rank[start] > rank[number]):
+            start -= 1
+        first = rank[start] if pictures[start] == "I" else 0
+        needed.update(range(start, number + 1))
+        sound.update(n for n in range(start, number + 1) if rank[n] >= first)
+    return needed, sound
+
+
+def decode_wanted(survey, contents, positions, convert):
+    """Decode what the frames at `positions` need: {position: image}, or None in doubt.
+
+    Damage, and frames that do not come out in the order of display, raise doubt. The first two
+    frames are always decoded for that reason.
+    """
+    skipping = survey.video.codec.codec.canonical_name in SKIPPING
+    wanted = {contents.frames[position]: position for position in positions}
+    checked = {*wanted, *contents.frames[:2]}
+    needed, sound = needed_packets(contents, checked)
+    images, came, last = {}, set(), -1
+    try:
+        for frame in decode_some(survey, needed, checked if skipping else None):
+            number = frame.pts
+            if number not in sound:
+                continue
+            if frame.is_corrupt or contents.rank[number] <= last:
+                return None
+            last = contents.rank[number]
+            came.add(number)
+            if number in wanted:
+                images[wanted[number]] = convert(frame)
+    except av.InvalidDataError:
+        return None
+    due = checked if skipping else sound.intersection(contents.frames)
+    return images if due <= came else None
+
+
+class Reading(NamedTuple):
+    """Frames of a video, and how damaged it is."""
+
+    frames: torch.Tensor  # uint8 (..., 3, h, w)
+    damaged: int  # corrupt frames and packets that do not decode, among those decoded
+
+
+def read_once(path, pick, short_side, max_pixels, threads):
+    """Decode what is needed; or all, to count the frames, if their order is in doubt."""
+    convert = partial(to_image, VideoReformatter(), short_side)
+    images, damaged = None, 0
+    with open_video(path, max_pixels, threads) as video:
+        survey = survey_packets(path, video)
+        contents = contents_of(survey)
+        found = sum(entry.shown for entry in survey.entries)
+        if contents:
+            total = found = len(contents.frames)
+            index = choose(path, pick, total, short_side, video.codec)
+            images = decode_wanted(survey, contents, index.flat, convert)
+    while images is None or found != total:
+        total = found
+        with open_video(path, max_pixels, threads) as video:
+            index = choose(path, pick, total, short_side, video.codec)
+            images, found, damaged = decode_all(video.codec, demux(video), index.flat, convert)
+        if damaged and threads > 1:
+            images, threads = None, 1  # several threads make other frames of damage
+    height, width = images[index.flat[0]].shape[-2:]
+    frames = torch.cat([resize(images[i], height, width) for i in index.flat])  # sizes may change
+    return Reading(frames.view(*index.shape, 3, height, width), damaged)
+
+
+def choose(path, pick, total, short_side, codec):
+    """The positions that `pick` takes of `total` frames, unless they need too much memory."""
+    if not total:
+        raise ValueError("no video frames")
+    index = np.asarray(pick(total))
+    aspect = max(codec.width, codec.height) / min(codec.width, codec.height)
+    size = 3 * short_side**2 * aspect * index.size
+    if size > MAX_BYTES:
+        raise MemoryError(f"{path}: {index.size} frames with a short side of {short_side} pixels "
+                          f"are {size / 1e9:.3g} GB, above the limit of {MAX_BYTES / 1e9:.2g}")
+    return index
+
+
+def inspect_frames(path, pick, short_side, max_pixels=MAX_PIXELS, threads=1):
+    """`read_frames` that also tells the damage it met: a Reading."""
+    for pause in PAUSES:
+        try:
+            return read_once(path, pick, short_side, max_pixels, threads)
+        except ReadError:
+            sleep(pause)
+    return read_once(path, pick, short_side, max_pixels, threads)
+
+
+def read_frames(path, pick, short_side, max_pixels=MAX_PIXELS, threads=1):
+    """Decode the frames that `pick(total)` asks for, upright, with the short side resized.
+
+    pick: number of frames -> integer array (...) with values in [0, total). Positions count the
+    frames that decode; if those are fewer than the file claims, `pick` is called again.
+    short_side: pixels. threads: the decoder's, which change no frame; a loader's worker needs one.
+    Returns uint8 (..., 3, h, w), all of the first one's size. Memory does not grow with the file.
+    Raises VideoError if there is no file, no video in it, no frame that decodes, or one above
+    `max_pixels`; ReadError if the system fails; MemoryError for more than MAX_BYTES of frames.
+    """
+    return inspect_frames(path, pick, short_side, max_pixels, threads).frames
 
 
 @dataclass(frozen=True)
@@ -334,7 +707,7 @@ def read_windows(path, seconds, frames, size, short_side, indices=frame_indices)
     Raises VideoError.
     """
     reformatter, kept = VideoReformatter(), []
-    with open_video(path, MAX_PIXELS) as opened:
+    with open_video(path) as opened:
         for time, frame in timed_frames(*opened):
             number = int(time / seconds + 1e-6)  # 0.3 / 0.1 is a little below 3
             if kept and (frame is None or number != window):

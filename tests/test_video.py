@@ -181,7 +181,7 @@ def test_any_positions_in_any_order_and_shape(tmp_path):
 
 def test_a_sound_h264_file_is_skimmed_in_one_pass(tmp_path, monkeypatch):
     path = write_video(tmp_path / "clip.mp4", bf="3")
-    monkeypatch.setattr(data, "count", None)  # would be called for anything but a skim
+    monkeypatch.setattr(data, "decode_all", None)  # would be called for anything but a skim
     opened = count_calls(monkeypatch, av, "open")
     read_clip(path, 4, 32)
     assert len(opened) == 1
@@ -229,7 +229,7 @@ def test_a_file_cut_before_its_first_key_frame(tmp_path):
             packet.stream = stream
             out.mux(packet)
     totals, count, _ = compare_with_plain_decoding(tmp_path / "cut.mkv", frames=2)  # positions far from these pictures
-    assert totals[0] == 60 - second and totals[-1] == count == 60 - second - 3  # three leading B-frames
+    assert totals == [count] and count == 60 - second - 3  # three leading B-frames
 
 
 def test_size_changes_in_mid_stream(tmp_path):
@@ -313,7 +313,7 @@ def test_what_is_no_video_is_refused(tmp_path):
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(8000))
-    refused(tmp_path / "sound.wav", "no video stream")
+    refused(tmp_path / "sound.wav", "no video")
 
 
 def test_headers_without_frames_are_refused(tmp_path):
@@ -401,7 +401,7 @@ ODD = {
     "gen_trunc50_faststart.mp4": (140, 139, (256, 340)),  # the last packet is cut, and no position falls on it
     "gen_vfr.mp4": (56, 56, (256, 340)), "gen_vp9.webm": (56, 56, (256, 340)),
     "gen_wrongext_avi.mp4": (164, 164, (240, 320)), "gen_xvid_bf2.avi": (110, 110, (240, 320)),
-    "gen_zero.mp4": "Invalid data found", "real_corrupted.mp4": (49, 49, (720, 1280)),
+    "gen_zero.mp4": "no video", "real_corrupted.mp4": (49, 49, (720, 1280)),
     "real_nasa_multi.mp4": (390, 390, (270, 480)),  # the larger of two streams
     "real_rot90.mov": (3, 3, (568, 320)), "real_unordered.mov": (4, 4, (50, 50)),
 }
