@@ -836,7 +836,7 @@ def soft_targets(labels, classes, smoothing=0.0):
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
-# ---- annotations: names, files and lists ---------------------------------------------------------
+# ---- annotations: files --------------------------------------------------------------------------
 
 VIDEO_SUFFIXES = {f".{suffix}" for suffix in (
     "mp4 m4v mov qt avi divx mkv webm flv f4v wmv asf mpg mpeg m1v m2v mod tod vob ts mts m2ts mxf "
@@ -975,43 +975,56 @@ def class_folders(folder):
     classes, or if a class name is not UTF-8.
     """
     start = len(os.path.join(folder, ""))
-    names, paths, loose, others = [], [], [], []
+    videos, loose, others = {}, [], []  # videos: {real path: (path, class)}
     for top, files, same in files_below(folder):
         name = top[start:].partition(os.sep)[0]  # the class; "" in the folder itself
         if same[start:].partition(os.sep)[0] not in ("", name):
             raise ValueError(f"{quoted(top)} and {quoted(same)} are one folder: a video has one "
                              "class")
+        real_top = os.path.realpath(top)
         for file in files:
-            path = os.path.join(top, file)
+            path, real = os.path.join(top, file), os.path.join(real_top, file)
             if not is_video(file):
                 others.append(path[start:])
-            elif name:
-                names.append(name)
-                paths.append(path)
-            else:
+            elif not name:
                 loose.append(file)
-    if not paths:
+            else:
+                real = os.path.realpath(path) if os.path.islink(path) else real
+                first, owner = videos.setdefault(real, (path, name))
+                if owner != name:
+                    raise ValueError(f"{quoted(path)} and {quoted(first)} are one video, which "
+                                     "cannot have two classes")
+    if not videos:
         raise ValueError(f"{quoted(folder)}: no videos; expected one folder per class with videos "
                          "inside, <class>/<video>.mp4")
+    paths, names = zip(*videos.values())
     label = {name: i for i, name in enumerate(sorted({*names}))}
     for name in label:
         if any("\ud800" <= character <= "\udfff" for character in name):
             raise ValueError(f"{quoted(folder)}: the class folder {quoted(name)} is not named in "
                              "UTF-8: rename it")
+    return VideoList(tuple(map(composed, label)), paths, tuple(label[name] for name in names),
+                     source=f"{quoted(os.path.basename(os.path.normpath(folder)))}/",
+                     notes=folder_notes(folder, label, loose, others), by_folder=True)
+
+
+def folder_notes(folder, classes, loose, others):
+    """Lines about what in a folder of class folders is no class, in no class or no video."""
     folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
-    empty = [name for name in folders if name not in label and not name.startswith(".")]
-    kinds = {"folders without videos are no classes": empty,
-             "videos lie in no class folder": loose,
-             "files are no known videos": [n for n in others if not n.endswith(TEXT_SUFFIXES)]}
-    notes = tuple(f"{quoted(folder)}: {len(found)} {kind} ({some(sorted(found))})"
-                  for kind, found in kinds.items() if found)
-    return VideoList(tuple(map(composed, label)), tuple(paths), tuple(label[n] for n in names),
-                     source=f"{os.path.basename(os.path.normpath(folder))}/", notes=notes,
-                     by_folder=True)
+    empty = [name for name in folders if name not in classes and not name.startswith(".")]
+    others = [name for name in others if not name.endswith(TEXT_SUFFIXES)]
+    notes = []
+    for names, kind in ((empty, "folders without videos are no classes"),
+                        (loose, "videos lie in no class folder"),
+                        (others, "files are no known videos")):
+        if names:
+            notes.append(f"{quoted(folder)}: {len(names)} {kind} ({some(sorted(names))})")
+    return tuple(notes)
 
 
 class Files:
-    """The files below a data set's folder: videos by name, and annotation files by name.
+    """The files below a data set's folder: videos by name; annotation files by name, which lie at
+    most five folders down.
 
     known: the row of the data set in KNOWN, None for one's own videos. strangers: words that only
     stand in the names of other data sets' folders; annotation files in such folders are left out.
@@ -1026,6 +1039,7 @@ class Files:
         own = known.words if known else ()
         for top, names, _ in files_below(self.root):
             below = top[len(self.root):]
+            depth = below.count(os.sep)
             word = re.sub("[^a-z0-9]", "", below.lower())
             fits = any(part in word for part in own)
             strange = not fits and any(part in word for part in strangers)
@@ -1035,8 +1049,8 @@ class Files:
                 path = os.path.join(top, name)
                 if suffix in VIDEO_SUFFIXES:
                     self.videos.setdefault(composed(stem), []).append(path)
-                elif suffix in TEXT_SUFFIXES and not strange:
-                    rank = (not fits, below.count(os.sep), path)
+                elif suffix in TEXT_SUFFIXES and depth <= 5 and not strange:
+                    rank = (not fits, depth, path)
                     self.texts[name] = min(rank, self.texts.get(name, rank))
                 elif suffix in ARCHIVE_SUFFIXES:
                     self.archives.append(path)
@@ -1124,7 +1138,8 @@ class Files:
             paths.append(path)
             labels.append(label)
         absent = tuple(name for name, _ in missing) if self.leaves_out else ()
-        videos = VideoList(tuple(classes), tuple(paths), tuple(labels), absent, listed.source)
+        videos = VideoList(tuple(classes), tuple(paths), tuple(labels), absent,
+                           quoted(listed.source))
         if missing:
             videos = self.note_missing(videos, missing, listed)
         if len({*paths}) < len(paths):
@@ -1138,7 +1153,7 @@ class Files:
             hint = self.how_to_unpack()
             if re.search(r"\s\d+$", missing[0][0]):
                 hint = "a line must be `path label`, without a number of frames"
-            raise ValueError(f"{quoted(listed.source)}: none of its {total} videos is below "
+            raise ValueError(f"{videos.source}: none of its {total} videos is below "
                              f"{quoted(self.root)}, such as {name}: {hint}")
         there = Counter(label for _, label in listed.videos)
         there.subtract(label for _, label in missing)
@@ -1147,7 +1162,7 @@ class Files:
             names = some(videos.classes[label] for label in empty)
             raise ValueError(f"{quoted(self.root)}: {len(empty)} of {len(there)} classes have no "
                              f"videos ({names}), such as {name}: {self.how_to_unpack()}")
-        share = f"{listed.source}: {len(missing)} of {total} videos are missing, such as {name}"
+        share = f"{videos.source}: {len(missing)} of {total} videos are missing, such as {name}"
         if not self.leaves_out:
             return videos.note(f"{share}; they count as unreadable")
         if len(missing) > 0.1 * total:
@@ -1161,7 +1176,7 @@ class Files:
                  if first.setdefault(path, label) != label]
         if not twice:
             return videos
-        line = (f"{quoted(videos.source)}: {len(twice)} videos are listed with two labels, such as "
+        line = (f"{videos.source}: {len(twice)} videos are listed with two labels, such as "
                 f"{quoted(twice[0])}")
         if self.known is None:
             raise ValueError(line)
@@ -1192,7 +1207,7 @@ class Listing(NamedTuple):
     sets: dict  # {"train" or a test set's name: Listed}
 
 
-# ---- annotations: labels files and lists ---------------------------------------------------------
+# ---- annotations: labels and lists ---------------------------------------------------------------
 
 def in_order(names):
     """Class names {id: name} in the order of their ids, which must run from 0, else ValueError."""
@@ -1278,10 +1293,11 @@ def check_classes(classes, source):
     """Raises ValueError if two class names are the same text to the model."""
     first = {}
     for name in classes:
-        other = first.setdefault(tuple(text_of(name)), name)
-        if other is not name:
-            raise ValueError(f"{quoted(source)}: classes {quoted(other, 40)!r} and "
+        text = tuple(text_of(name))
+        if text in first:
+            raise ValueError(f"{quoted(source)}: classes {quoted(first[text], 40)!r} and "
                              f"{quoted(name, 40)!r} are the same text to the model: rename one")
+        first[text] = name
 
 
 def read_pairs(path, below):
@@ -1314,8 +1330,11 @@ def listed_by_name(rows, classes, root):
     return sets
 
 
-# The files as the data sets' owners distribute them, whatever folder they are in. Each function
-# returns a Listing, or None if the files are not there.
+# ---- annotations: data sets ----------------------------------------------------------------------
+
+# To add a data set, write a function that reads its owner's files, and a row of KNOWN. The function
+# gets the Files and returns a Listing, or None if the owner's files are not there; they may lie in
+# any folder.
 
 def read_hmdb51(files):
     """<action>_test_split{1,2,3}.txt with lines `<video>.avi <use>`, for each action.
@@ -1465,7 +1484,7 @@ KNOWN = {
         prefix="kinetics_600", lists={}, loses_videos=True),
     "ssv2": DataSet(
         page="https://www.qualcomm.com/developer/software/something-something-v-2-dataset",
-        classes=174, words=("ssv2", "something"), read=read_ssv2,
+        classes=174, words=("ssv2", "somethingsomething"), read=read_ssv2,
         test_file="something-something-v2-validation.json",
         train_file="something-something-v2-train.json", labels="ssv2_labels.csv",
         prefix="ssv2_174", lists={"val": ("validation.txt", "val.txt")}, train_list="train.txt")}
@@ -1737,8 +1756,12 @@ def base_and_novel(files, listing, classes, base="", train=None):
     counted = listing is not None and "train" in listing.sets
     if counted:
         labels = [label for _, label in listing.sets["train"].videos]
+    elif train:
+        labels = train.labels
+    elif files.known or files.has_folders("train"):
+        labels = training_set("base2novel", 16, files, listing, "").labels
     else:
-        labels = (train or training_set("base2novel", 16, files, listing, "")).labels
+        labels = range(len(classes))  # as many are drawn of every class
     count = np.bincount(labels, minlength=len(classes))
     known = files.known
     if known and known.lists and not known.balanced and not counted and len({*count}) == 1:
@@ -1831,7 +1854,7 @@ def left_out(videos, keys):
     if count == 0:
         return videos
     if not kept:
-        raise ValueError(f"{quoted(videos.source)}: the model was trained on all of its videos")
+        raise ValueError(f"{videos.source}: the model was trained on all of its videos")
     return videos.keep(kept).note(f"{count} of {len(videos.paths)} videos are left out: the model "
                                   "was trained on them")
 
