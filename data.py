@@ -886,7 +886,8 @@ def quoted(text, most=120):
     text = str(text)
     if len(text) > most:
         text = f"{text[:most // 2 - 2]}...{text[-(most // 2 - 2):]}"
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    escaped = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text]
+    return "".join(escaped)
 
 
 def some(names, most=3):
@@ -2043,8 +2044,9 @@ def fresh_store(store, rank, world):
 
 def progress_bar(*args, **settings):
     """tqdm's progress bar, on rank 0 only; TQDM_DISABLE=1 in the environment turns it off there."""
-    hidden = True if rank_and_world()[0] else None  # None: tqdm asks the environment
-    return tqdm(*args, disable=hidden, **settings)
+    if rank_and_world()[0]:
+        settings["disable"] = True  # left out otherwise: then tqdm asks the environment
+    return tqdm(*args, **settings)
 
 
 def gather(items):

@@ -1,14 +1,15 @@
-"""Evaluates models: accuracy on data sets, the classes of single videos, and which videos can be read.
+"""Evaluates models: accuracy on data sets, classes of single videos, and which videos can be read.
 
-    python eval.py --zeroshot hmdb51 --data /videos/hmdb51      # vanilla CLIP, or --checkpoint FILE
-    python eval.py --zeroshot ucf101 --checkpoint runs/k400/best.pt --ensemble 0.7
+    python eval.py --test hmdb51 --data /videos/hmdb51          # vanilla CLIP, or --checkpoint FILE
+    python eval.py --test ucf101 --checkpoint runs/k400/best.pt --ensemble 0.7 --views 4x3
     python eval.py --video clip.mp4 --classes "juggling, running" --checkpoint FILE --picture a.png
     python eval.py --video long.mp4 more/ --classes names.txt --every 2s --json a.json
     python eval.py --check /videos/hmdb51
 
-Sections: models from files - evaluation - drawing - what a model made of a clip - classes over
-time - training curves, confusion and reversal - running a script - the three tasks - the command
-line. train.py uses all but the last two.
+Sections: models from files - evaluation - writing files - drawing - what a model made of a clip -
+classes over time - curves, confusion and reversal - running a script - the model that the flags
+name - test sets - single videos - checking files - the command line. train.py uses those up to
+running a script.
 
 Letters: B videos, V views, T frames, P patches, S seeds per frame, k context tokens, C classes,
 R side in pixels; n test videos.
@@ -16,13 +17,19 @@ R side in pixels; n test videos.
 
 import argparse
 import contextlib
-import itertools
+import csv
+import errno
+import hashlib
+import inspect
+import io
 import json
 import math
 import os
 import re
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import lru_cache, partial
@@ -38,7 +45,8 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from clip_vit import FramePool, PoolConfig, check_fit, load_clip, naming, open_weights, recognise
+from clip_vit import (ACTIVATIONS, BYTES, FramePool, PoolConfig, check_fit, load_clip, naming,
+                      open_weights, recognise)
 from ila import (FLAT, SLOPE, ILA, HostedILA, ILAConfig, earth_movers_distance, interactive_mask,
                  make_ila)
 from ila import load_released as load_released_ila
@@ -150,7 +158,8 @@ def usable_merges(path):
 
 
 def read_own(weights, merges):
-    """A checkpoint of train.py: the model and its recipe."""
+    """A checkpoint of train.py: the model, and its recipe with its classes and the keys of the
+    videos that it was trained on (data.keys_of)."""
     content = weights.content
     missing = [key for key in ("recipe", "model", "classes") if key not in content]
     if missing:
@@ -165,7 +174,9 @@ def read_own(weights, merges):
     model.load_state_dict(weights.state)
     if recipe["probe"] or recipe["model"].get("num_classes"):
         model.set_classes(classes)  # a linear head knows no others from now on
-    return model, recipe
+    told = {"classes": [str(name) for name in classes],
+            "trained_on": [str(key) for key in content.get("trained_on", ())]}
+    return model, recipe | told
 
 
 def check_base(state, clip):
@@ -325,7 +336,8 @@ def eval_views(recipe, model):
         raise ValueError(f"short_side={short_side}: must be at least the model's {size} pixels, "
                          "or 0")
     kept = {key: recipe[key] for key in ("frames", "sampling", "clips", "crops", "pixels")}
-    return data.Views(size=size, short_side=short_side or round(size * 256 / 224), **kept)
+    usual = size if recipe["crops"] == 3 else round(size * 256 / 224)  # [released]
+    return data.Views(size=size, short_side=short_side or usual, **kept)
 
 
 # ---- evaluation ------------------------------------------------------------------------------
@@ -339,8 +351,8 @@ SCORES = {  # the numbers in a test set's scores, as they are called on the scre
     "static": "static",
     "temporal score": "temporal score",
 }
-# [paper] top-1 in %, by protocol, method, training data, backbone and frames; columns as in train.py's
-# tables. The zero-shot rows are those of the checkpoint ensembled with CLIP, weight 0.7.
+# [paper] top-1 in %, by protocol, method, training data, backbone and frames; columns as in
+# train.py's tables. The zero-shot rows are those of the checkpoint ensembled with CLIP, weight 0.7.
 PAPERS = {
     "zeroshot tc k400 ViT-B/16 16": {"hmdb51": 54.2, "ucf101": 82.9, "k600": 75.8},
     "zeroshot tc k400 ViT-B/16 16, LLM names": {"hmdb51": 56.0, "ucf101": 85.4, "k600": 78.1},
@@ -385,7 +397,7 @@ def autocast(device, precision):
 
 @torch.no_grad()
 def view_logits(model, views, pixels, precision):
-    """A model's logits for each view: uint8 (b,V,T,3,R,R) -> float32 (b,V,C), on the model's device.
+    """A model's logits for each view: uint8 (b,V,T,3,R,R) -> float32 (b,V,C) on the model's device.
 
     Raises ValueError if a logit is not finite.
     """
@@ -401,20 +413,34 @@ def view_logits(model, views, pixels, precision):
 
 
 def stop_if_unreadable(errors, total):
-    """Raises ValueError with the first errors if more than 5 % of `total` videos are unreadable."""
+    """Raises ValueError with two of the errors if over 5 % of `total` videos are unreadable."""
     if len(errors) > BAD_SHARE * total:
         raise ValueError(f"{len(errors)} of {total} videos cannot be read, more than "
-                         f"{BAD_SHARE:.0%}: {'; '.join(errors)}")
+                         f"{BAD_SHARE:.0%}: {'; '.join(errors[:2])}; eval.py --check names all")
 
 
-def predict(model, videos, batch=8, workers=0, precision="fp32", title="evaluating"):
+def set_classes(model, names, templates=None):
+    """Sets a model's classes, put into prompt templates such as "a video of {}." if there are any.
+
+    Raises ValueError if the model has learned its prompt.
+    """
+    if not templates:
+        model.set_classes(names)
+    elif "templates" in inspect.signature(model.set_classes).parameters:
+        model.set_classes(names, templates=templates)
+    else:
+        raise ValueError("--prompt: this model has learned its prompt or its classes; leave it out")
+
+
+def predict(model, videos, batch=8, workers=0, precision="fp32", title="evaluating",
+            templates=None):
     """The probabilities of a data.TestVideos' classes: softmaxed, then averaged over the views.
 
     Every video is read once, whatever the number of processes. Returns (n,C) float32, NaN in the
     rows of unreadable videos, and [(index, error)], both the same on all processes. Raises
     ValueError if more than 5 % cannot be read.
     """
-    model.eval().set_classes(videos.video_list.classes)
+    set_classes(model.eval(), videos.video_list.classes, templates)
     predicted, errors = [], []
     loader = videos.loader(batch, workers)
     for indices, views, unreadable in data.progress_bar(loader, desc=title, leave=False):
@@ -479,6 +505,94 @@ def subset_scores(probabilities, labels, subsets):
     return scores
 
 
+def class_accuracy(probabilities, labels, classes):
+    """{class: share of its videos that are right}, None for a class without videos."""
+    labels = np.asarray(labels)
+    shares = {}
+    for label, name in enumerate(classes):
+        rows = labels == label
+        shares[name] = top_k(probabilities[rows], labels[rows], 1) if rows.any() else None
+    return shares
+
+
+# ---- writing files ---------------------------------------------------------------------------
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file, which then takes the place of `path`, whole.
+
+    What is no ordinary file, such as /dev/null, is written to as it is. Raises OSError that names
+    `path` if the disk is full or the folder is not writable.
+    """
+    path = Path(os.path.realpath(path))  # a link stays; its target is replaced
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            return write(file)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"{path} cannot be written ({reason:.160}) and stays as it was: make room, or give the "
+            "right to write, and the same command goes on") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder):
+    """Puts new names in a folder on the disk now, where the file system can do that."""
+    with contextlib.suppress(OSError):  # some network shares and Windows cannot; the file is whole
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_text(path, text):
+    """Writes text to a file, or to standard output if path is -; names need not be UTF-8."""
+    encoded = text.encode("utf-8", "backslashreplace")
+    if path == "-":
+        print(encoded.decode(), end="")
+    else:
+        write_atomically(path, lambda file: file.write(encoded))
+
+
+def write_json(path, content):
+    """Writes content as JSON to a file, or to standard output if path is -."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_picture(picture, path):
+    """Writes a picture as its suffix says, .png or .jpg."""
+    kind = "PNG" if Path(path).suffix.lower() == ".png" else "JPEG"
+    write_atomically(path, lambda file: picture.save(file, kind))
+
+
+def write_predictions(path, probabilities, video_list):
+    """A CSV file: path, label and the five most probable classes of each video, of the unreadable
+    ones none."""
+    rows = io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    count = min(5, len(video_list.classes))
+    header = ["path", "label"]
+    for place in range(1, count + 1):
+        header += [f"class {place}", f"probability {place}"]
+    writer.writerow(header)
+    for video, label, row in zip(video_list.paths, video_list.labels, probabilities):
+        cells = [video, video_list.classes[label]]
+        if not np.isnan(row[0]):
+            for i in np.argsort(-row, kind="stable")[:count]:
+                cells += [video_list.classes[i], f"{row[i]:.6f}"]
+        writer.writerow(cells)
+    write_text(path, rows.getvalue())
+
+
 # ---- drawing ---------------------------------------------------------------------------------
 
 INK, GRID, PAPER = (40, 40, 40), (220, 220, 220), (255, 255, 255)
@@ -496,12 +610,12 @@ def font_of(size, ascii):
     return ImageFont.load_default(size)
 
 
-def draw_text(draw, xy, text, size=18, anchor="la", width=None):
+def draw_text(draw, xy, text, size=18, anchor="la", width=None, fill=INK):
     """Writes a text, shortened to what fits into `width` pixels."""
     font = font_of(size, text.isascii())
     while width and len(text) > 3 and font.getlength(text) > width:
         text = text.removesuffix("...")[:-1] + "..."
-    draw.text(xy, text, fill=INK, font=font, anchor=anchor)
+    draw.text(xy, text, fill=fill, font=font, anchor=anchor)
 
 
 def blank_picture(width, height, title):
@@ -510,6 +624,16 @@ def blank_picture(width, height, title):
     draw = ImageDraw.Draw(picture)
     draw_text(draw, (20, 16), title, 26)
     return picture, draw
+
+
+def clock(seconds):
+    """Seconds as minutes and seconds, 0:02 or 0:00.5, or with hours, 1:02:03."""
+    minutes, seconds = divmod(round(seconds, 2), 60)
+    hours, minutes = divmod(round(minutes), 60)
+    text = f"{seconds:02.0f}"
+    if seconds % 1:
+        text = f"{seconds:05.2f}".rstrip("0").rstrip(".")
+    return f"{hours}:{minutes:02}:{text}" if hours else f"{minutes}:{text}"
 
 
 def frame_image(frame, side):
@@ -619,44 +743,42 @@ def clip_columns(model, clip, pixels, shown, side):
                    [(frame_image(clip[t], side),) for t in shown])
 
 
+def draw_bars(draw, top, names, values):
+    """A horizontal bar for each name, 1040 pixels long for the value 1, one below the other."""
+    for row, (name, value) in enumerate(zip(names, values)):
+        y, end = top + 34 * row, 460 + max(0, 1040 * value)
+        draw_text(draw, (450, y + 11), name, 20, "rm", width=430)
+        draw.rectangle([460, y, end + 1, y + 22], fill=COLOURS[0])
+        draw_text(draw, (end + 12, y + 11), f"{value:.3f}", 20, "lm")
+
+
 @torch.no_grad()
-def draw_clip(model, clip, path, classes, probabilities, pixels="imagenet"):
-    """Eight frames of a clip, what the model made of them, and bars of the classes: a PNG at `path`.
+def draw_clip(model, clip, path, classes, probabilities, pixels="imagenet", name="", times=None):
+    """Eight frames of a clip, what the model made of them, and bars of the classes, as a PNG.
 
     clip: (T,3,R,R) uint8. TC-CLIP shows seeds and context tokens, ILA its interactive points.
+    name: the video's; times: where each frame lies in it, in seconds, or None.
     """
     shown = np.unique(np.linspace(0, len(clip) - 1, min(len(clip), 8)).round().astype(int))
     side = min(1400 // len(shown) - 6, 300)
     title, rows, images = clip_columns(model, clip, pixels, shown, side)
-    top = 80
-    bars = 104 + len(rows) * (side + 6)
+    top = 104 if name else 80
+    bars = top + 24 + len(rows) * (side + 6)
     picture, draw = blank_picture(1600, bars + 36 + 34 * len(classes), title)
-    for row, name in enumerate(rows):
-        draw_text(draw, (20, top + row * (side + 6) + side // 2), name, 20, "lm")
+    draw_text(draw, (20, 52), name, 18, width=1560)
+    for row, row_name in enumerate(rows):
+        draw_text(draw, (20, top + row * (side + 6) + side // 2), row_name, 20, "lm")
     for column, t in enumerate(shown):
         left = 190 + column * (side + 6)
-        draw_text(draw, (left + side // 2, top - 5), f"{t + 1}", 16, "ms")
+        label = f"{t + 1}" if times is None else f"{t + 1}:  {clock(times[t])}"
+        draw_text(draw, (left + side // 2, top - 5), label, 16, "ms")
         for row, image in enumerate(images[column]):
             picture.paste(image, (left, top + row * (side + 6)))
-    for row, (name, p) in enumerate(zip(classes, probabilities)):
-        y, end = bars + 34 * row, 460 + max(0, 1040 * p)
-        draw_text(draw, (450, y + 11), name, 20, "rm", width=430)
-        draw.rectangle([460, y, end + 1, y + 22], fill=COLOURS[0])
-        draw_text(draw, (end + 12, y + 11), f"{p:.3f}", 20, "lm")
-    picture.save(path)
+    draw_bars(draw, bars, classes, probabilities)
+    write_picture(picture, path)
 
 
 # ---- classes over time -----------------------------------------------------------------------
-
-def clock(seconds):
-    """Seconds as minutes and seconds, 0:02 or 0:00.5, or with hours, 1:02:03."""
-    minutes, seconds = divmod(round(seconds, 2), 60)
-    hours, minutes = divmod(round(minutes), 60)
-    text = f"{seconds:02.0f}"
-    if seconds % 1:
-        text = f"{seconds:05.2f}".rstrip("0").rstrip(".")
-    return f"{hours}:{minutes:02}:{text}" if hours else f"{minutes}:{text}"
-
 
 class Thinned:
     """Keeps at most 64 of the items that are added, evenly spaced, however many will come."""
@@ -685,6 +807,8 @@ def frames_over_time(frames, count, last):
 
 STRIP_LEFT, STRIP_WIDTH = 330, 1190  # pixels: where time begins, and how long all of it is
 BAND = 64  # pixels: the height of a class's band
+STRIP_LEGEND = ("The six classes that reach highest, in the order of their peaks; the colours only "
+                "tell neighbours apart. A full band is 1, of a single class its maximum.")
 
 
 def draw_band(draw, base, name, windows, values, high, colour):
@@ -693,7 +817,9 @@ def draw_band(draw, base, name, windows, values, high, colour):
     right = STRIP_LEFT + STRIP_WIDTH
     middle = STRIP_LEFT - 14, base - BAND / 2 + 6
     draw_text(draw, middle, name, 20, "rm", width=STRIP_LEFT - 34)
-    for (start, end, _), value in zip(windows, values):
+    for i, ((start, end, _), value) in enumerate(zip(windows, values)):
+        if i + 1 < len(windows):
+            end = min(end, windows[i + 1][0])  # windows may overlap
         x = STRIP_LEFT + STRIP_WIDTH * start / last
         end_x = STRIP_LEFT + STRIP_WIDTH * end / last - 1
         top = base - (BAND - 14) * value / high
@@ -716,7 +842,9 @@ def draw_strip(path, title, windows, classes, frames):
     count = min(8, len(frames))
     side = min(STRIP_WIDTH // count - 6, 240)
     top = 110 + side
-    picture, draw = blank_picture(1600, top + BAND * len(chosen) + 50, title)
+    bottom = top + BAND * len(chosen)
+    picture, draw = blank_picture(1600, bottom + 80, title)
+    draw_text(draw, (STRIP_LEFT, bottom + 44), STRIP_LEGEND, 16)
     for i, (seconds, frame) in enumerate(frames_over_time(frames, count, last)):
         x = STRIP_LEFT + STRIP_WIDTH * (i + 0.5) / count
         picture.paste(frame_image(frame, side), (int(x - side / 2), 70))
@@ -728,10 +856,10 @@ def draw_strip(path, title, windows, classes, frames):
         x = STRIP_LEFT + STRIP_WIDTH * share
         draw.line([x, base, x, base + 6], fill=INK)
         draw_text(draw, (x, base + 10), clock(round(last * share, 1)), 16, "ma")
-    picture.save(path)
+    write_picture(picture, path)
 
 
-# ---- training curves, confusion and reversal -------------------------------------------------
+# ---- curves, confusion and reversal -------------------------------------------------
 
 def axis_limit(top):
     """The lowest of 1, 2, 4, 6 or 8 times a power of ten that is at least `top`."""
@@ -742,23 +870,24 @@ def axis_limit(top):
     return top
 
 
-def draw_curve(draw, left, title, points, last, limit, colour):
-    """A curve through points [(epoch, value)], axes from epoch 1 to `last` and from 0 to `limit`."""
+def draw_curve(draw, left, title, points, x_axis, y_axis, colour, ends):
+    """A curve through `points`, on axes (lowest, highest); `ends` stand below the x axis."""
     top, width, height = 60, 390, 290
+    (first, last), (low, high) = x_axis, y_axis
     draw_text(draw, (left, 12), title, 22)
     for share in QUARTERS:
         y = top + height * (1 - share)
         draw.line([(left, y), (left + width, y)], fill=GRID)
-        draw_text(draw, (left - 8, y), f"{share * limit:g}", 15, "rm")
+        draw_text(draw, (left - 8, y), f"{low + share * (high - low):g}", 15, "rm")
     line = []
-    for epoch, value in points:
-        x = left + width * (epoch - 1) / (last - 1)
-        line.append((x, top + height * (1 - value / limit)))
+    for x, y in points:
+        line.append((left + width * (x - first) / (last - first),
+                     top + height * (1 - (y - low) / (high - low))))
     draw.line(line, fill=colour, width=3)
     for x, y in line:
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
-    draw_text(draw, (left, 365), "epoch 1", 15)
-    draw_text(draw, (left + width, 365), f"epoch {last}", 15, "ra")
+    draw_text(draw, (left, 365), ends[0], 15)
+    draw_text(draw, (left + width, 365), ends[1], 15, "ra")
 
 
 def draw_curves(history, path):
@@ -771,11 +900,25 @@ def draw_curves(history, path):
     scores = [(line["epoch"], line["top1"]) for line in history if "top1" in line]
     if losses:
         last = max(2, losses[-1][0])
+        epochs, ends = (1, last), ("epoch 1", f"epoch {last}")
         limit = axis_limit(max(loss for _, loss in losses))
-        draw_curve(draw, 70, "training loss", losses, last, limit, COLOURS[0])
+        draw_curve(draw, 70, "training loss", losses, epochs, (0, limit), COLOURS[0], ends)
     if scores:
-        draw_curve(draw, 570, "validation top-1", scores, last, 1.0, COLOURS[1])
-    picture.save(path)
+        draw_curve(draw, 570, "validation top-1", scores, epochs, (0, 1), COLOURS[1], ends)
+    write_picture(picture, path)
+
+
+def draw_ensembles(points, path):
+    """Top-1 over the weight w of the fine-tuned weights, points [(w, top-1)], as a PNG."""
+    picture, draw = blank_picture(560, 400, "")
+    scores = [top1 for _, top1 in points]
+    for step in (0.01, 0.02, 0.05, 0.1, 0.25):  # between ticks, the first that is enough
+        low = min(math.floor(min(scores) / step) * step, 1 - 4 * step)
+        if low + 4 * step >= max(scores):
+            break
+    draw_curve(draw, 70, "top-1 of (1 - w) CLIP + w fine-tuned", points, (0, 1),
+               (low, low + 4 * step), COLOURS[0], ("w = 0: CLIP", "w = 1: fine-tuned"))
+    write_picture(picture, path)
 
 
 def confusion_counts(probabilities, labels, C):
@@ -816,11 +959,20 @@ def draw_class_names(picture, draw, names, left, top, cell, room):
         picture.paste(column.rotate(90, expand=True), (left + cell * i, top - room))
 
 
+def draw_counts(draw, counts, left, top, cell):
+    """The number of videos in each cell that has any."""
+    for row, column in np.argwhere(counts):
+        count = counts[row, column]
+        middle = left + cell * (column + 0.5), top + cell * (row + 0.5)
+        fill = PAPER if count > 0.4 * counts[row].sum() else INK  # on dark, on light
+        draw_text(draw, middle, str(count), 14, "mm", width=cell - 4, fill=fill)
+
+
 def draw_confusion(probabilities, labels, classes, path):
     """Which classes are taken for which, and the ten worst pairs: a PNG at `path`.
 
     probabilities (n,C), NaN in the rows of unreadable videos, which are left out. Up to 51 classes
-    are named beside their row and column.
+    are named beside their row and column; up to 22 have the numbers of videos in their cells.
     """
     counts = confusion_counts(probabilities, labels, len(classes))
     worst = worst_confusions(counts)
@@ -837,13 +989,15 @@ def draw_confusion(probabilities, labels, classes, path):
     picture, draw = blank_picture(max(left + side + 30, 1000), height, title)
     picture.paste(confusion_image(counts, side), (left, top))
     draw_class_names(picture, draw, names, left, top, cell, room)
+    if len(classes) <= 22:
+        draw_counts(draw, counts, left, top, cell)
     draw.rectangle([left, top, left + side, top + side], outline=INK)
     for row, (own, other) in enumerate(worst):
         share = f"{counts[own, other]} of {counts[own].sum()}"
         line = f"{share}:  {classes[own]}  ->  {classes[other]}"
         y = top + side + 30 + 28 * row
         draw_text(draw, (left, y), line, width=picture.width - left - 20)
-    picture.save(path)
+    write_picture(picture, path)
 
 
 @torch.no_grad()
@@ -876,12 +1030,14 @@ def draw_reversal(models, clip, names, path, pixels="imagenet"):
                 draw_text(draw, (x, y), f"{names[i]}  {p:.3f}", 17, width=width - 20)
                 bar = [x, y + 24, x + max(1, (width - 30) * p), y + 40]
                 draw.rectangle(bar, fill=COLOURS[i])
-    picture.save(path)
+    write_picture(picture, path)
 
 
 # ---- running a script ------------------------------------------------------------------------
 
-OUT_OF_MEMORY = r"allocate|DataLoader worker \(pid"  # in the messages of PyTorch and NumPy
+# in the messages of PyTorch, NumPy and the system
+OUT_OF_MEMORY = r"allocate|DataLoader worker \(pid"
+TOO_MANY_FILES = r"[Tt]oo many open files|received 0 items of ancdata"
 
 
 class Parser(argparse.ArgumentParser):
@@ -890,6 +1046,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings):
         help_format = partial(argparse.RawDescriptionHelpFormatter, width=100)
         super().__init__(formatter_class=help_format, **settings)
+
+    def parse_args(self, arguments=None):
+        """As always, but a file whose name begins with - is told from a flag."""
+        arguments = sys.argv[1:] if arguments is None else arguments
+        for word in arguments:
+            is_video = os.path.splitext(word)[1].lower() in data.VIDEO_SUFFIXES
+            if re.match("-.", word) and (os.path.exists(word) or is_video and "=" not in word):
+                self.error(f"{word} looks like a flag: write ./{word}")
+        return super().parse_args(arguments)
 
     def error(self, message):
         raise ValueError(f"{message} ({self.prog} --help lists all flags)")
@@ -905,10 +1070,22 @@ def check_flags(parser, args):
     for name, value in vars(args).items():
         if value == "" or isinstance(value, list) and "" in value:
             parser.error(f"{flag_of(name)} is empty: give a value, or leave the flag out")
-        is_file = name in ("checkpoint", "merges", "temporal", "static")
-        if is_file and value and not os.path.isfile(value):
+        missing = value and name == "checkpoint" and not os.path.exists(value)
+        if value and name in ("merges", "temporal", "static"):
+            missing = not os.path.isfile(value)
+        if missing:
             parser.error(f"{flag_of(name)} {value}: no such file")
     return args
+
+
+def prepare_streams():
+    """Makes standard output and error take any text, also if they are closed, as with `>&-`."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # or the next file that is opened would take its place
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
 
 
 def flush_output():
@@ -931,33 +1108,43 @@ def run_to_end(main, parse):
         flush_output()
 
 
+def is_refusal(error):
+    """Whether this project raised the error to refuse an input; else it may come from a bug."""
+    frames = traceback.extract_tb(error.__traceback__)
+    in_project = frames and Path(frames[-1].filename).parent == Path(__file__).parent
+    return in_project and frames[-1].line.startswith("raise")
+
+
 def error_line(error):
-    """What the user is told of an error, in one line; None for an error that only a bug causes."""
-    message = " ".join(str(error).split())
-    if isinstance(error, (ValueError, OSError)):
-        return message
+    """What the user is told of an error, in one short line; None for what only a bug causes."""
+    message = data.quoted(" ".join(str(error).split()), 220)
+    if re.search(TOO_MANY_FILES, message):
+        return "too many open files: raise the limit, as with `ulimit -n 4096`, or lower workers"
     if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, message):
         return ("out of memory: lower micro_batch or workers, or eval.py's --batch or --workers "
-                f"({message:.160})")
-    return None
+                f"({message:.120})")
+    if not isinstance(error, (ValueError, OSError)):
+        return None
+    if is_refusal(error):
+        return message
+    return f"{message or type(error).__name__} (TRACEBACK=1 in the environment shows where)"
 
 
 def run_command(main, parse):
     """Runs a script, main(parse()), and returns its exit status.
 
     2 and one line on standard error for wrong use, missing input or too little memory; 130 if it
-    was interrupted; 141 if nobody reads its output any more, as with `| head`.
+    was interrupted; 141 if nobody reads its output any more, as with `| head`. With TRACEBACK=1 in
+    the environment an error is raised as it is.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
+    prepare_streams()
     try:
         return run_to_end(main, parse)
     except BrokenPipeError:
         return 141
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = error_line(error)
-        if line is None:
+        if line is None or os.environ.get("TRACEBACK", "0") not in ("", "0"):
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(5)  # if a node's first process fails too, torchrun ends this one meanwhile
@@ -969,25 +1156,84 @@ def run_command(main, parse):
         return 130
 
 
-# ---- the three tasks -------------------------------------------------------------------------
+# ---- the model that the flags name -----------------------------------------------------------
+
+class Chosen(NamedTuple):
+    """A model on its device, its recipe (a dict), and how it sees videos."""
+
+    model: nn.Module
+    recipe: dict
+    views: data.Views
+    precision: str
+
+
+def load_chosen(args, default_clip):
+    """The model of --checkpoint, or vanilla CLIP, and its recipe with what the flags override."""
+    clip = args.clip or default_clip
+    model, recipe = load_model(args.checkpoint or clip, clip, args.merges, **args.set)
+    given = {"frames": args.frames, "pixels": args.pixels}
+    if args.views:
+        given |= {"clips": args.views[0], "crops": args.views[1]}
+    return model, recipe | {key: value for key, value in given.items() if value}
+
 
 def chosen_model(args, default_clip):
-    """The model that the flags name, on the device, and the recipe of how it sees videos."""
-    clip = args.clip or default_clip
-    if args.checkpoint:
-        model, recipe = load_model(args.checkpoint, clip, args.merges)
-    else:
-        model, recipe = FramePool(load_clip(clip, args.merges)).eval(), VANILLA
-    if args.ensemble is not None and recipe.get("probe"):
-        raise ValueError("--ensemble: a linear probe leaves CLIP's weights alone; leave it out")
+    """The Chosen of the flags. Raises ValueError if they do not fit the checkpoint."""
+    device = data.start_processes(args.device)
+    precision = resolve_precision(device, args.precision)
+    model, recipe = data.node_leader_first(lambda: load_chosen(args, default_clip))
+    if args.ensemble and recipe.get("probe"):
+        raise ValueError("--ensemble: a linear probe never changed CLIP's weights; leave it out")
     if isinstance(model, TCCLIP):  # sentences are longer than the names of its training
         text_length = len(model.clip.positional_embedding)
         model.config = replace(model.config, text_length=text_length)
-    if args.ensemble is not None:
-        base = build_model(recipe, load_clip(args.clip or recipe["clip"], args.merges))
-        mixed = ensemble(base.state_dict(), model.state_dict(), args.ensemble)
-        model.load_state_dict(mixed)
-    return model.to(data.start_processes(args.device)), recipe
+    views = eval_views(recipe, model)
+    if args.every:
+        views = replace(views, clips=1, crops=1)
+    model = model.to(device)
+    if args.frames:  # a model that takes no other number of frames says so here
+        check_frames(model, views)
+    return Chosen(model, recipe, views, precision)
+
+
+@torch.no_grad()
+def check_frames(model, views):
+    """Raises ValueError if the model does not take this number of frames."""
+    device = model.clip.visual.class_embedding.device
+    frames = torch.zeros(1, views.frames, 3, views.size, views.size, device=device)
+    try:
+        getattr(model, "model", model).encode_video(frames)  # a linear probe's own model
+    except ValueError as error:
+        raise ValueError(f"--frames {views.frames}: {error}") from error
+
+
+def describe_chosen(chosen):
+    """A line about the model, the device and the precision."""
+    method, views = METHODS[chosen.recipe["method"]].title, chosen.views
+    device = chosen.model.clip.visual.class_embedding.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return (f"{method} on {name}, {chosen.precision}; {views.clips}x{views.crops} views of "
+            f"{views.frames} frames, {views.size} pixels")
+
+
+def ensembled(args, chosen):
+    """Yields each weight w of --ensemble, while the model has (1 - w) CLIP's + w its own weights.
+
+    Yields 1.0 once, with the model as it is, if there is no --ensemble.
+    """
+    if not args.ensemble:
+        yield 1.0
+        return
+    model, recipe = chosen.model, chosen.recipe
+
+    def load_base():
+        clip = load_clip(args.clip or recipe["clip"], args.merges, **args.set)
+        return build_model(recipe, clip).state_dict()
+    base = data.node_leader_first(load_base)
+    tuned = {key: value.clone() for key, value in model.state_dict().items()}
+    for weight in args.ensemble:
+        model.load_state_dict(ensemble(base, tuned, weight))
+        yield weight
 
 
 def text_output(args):
@@ -995,43 +1241,81 @@ def text_output(args):
     return sys.stderr if args.json == "-" else sys.stdout
 
 
-def write_json(path, content):
-    """Writes content as JSON to a file, or to standard output if path is -."""
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    encoded = text.encode("utf-8", "backslashreplace")  # file names may be no UTF-8
-    if path == "-":
-        print(encoded.decode())
-    else:
-        Path(path).write_bytes(encoded + b"\n")
+def check_outputs(args, inputs):
+    """Raises ValueError if a file that will be written is one of those that are read."""
+    flags = ("checkpoint", "clip", "merges", "labels", "temporal", "static")
+    inputs = [*inputs, *(args.classes or ()), *(getattr(args, name) for name in flags)]
+    inputs = {os.path.realpath(path) for path in inputs if path}
+    for name in ("json", "picture", "features"):
+        path = getattr(args, name)
+        if not path or path == "-":
+            continue
+        if os.path.realpath(path) in inputs:
+            raise ValueError(f"{flag_of(name)} {path}: this file is read, and would be replaced by "
+                             "the results; name another")
+        inputs.add(os.path.realpath(path))
 
+
+# ---- test sets -------------------------------------------------------------------------------
 
 def evaluate(model, videos, batch, workers, precision, title="evaluating", picture=None,
-             subsets=None):
+             subsets=None, templates=None):
     """The scores of a model on a data.TestVideos, as results.json has them.
 
-    picture: where to draw the confusion of classes. subsets: see subset_scores.
+    picture: where to draw the confusion of classes; confusion.png has predictions.csv beside it,
+    confusion-novel.png predictions-novel.csv. subsets: see subset_scores. templates: of prompts.
     """
-    probabilities, errors = predict(model, videos, batch, workers, precision, title)
-    video_list = videos.video_list
-    labels = video_list.labels
+    probabilities, errors = predict(model, videos, batch, workers, precision, title, templates)
+    video_list, views = videos.video_list, videos.views
+    labels, classes = video_list.labels, video_list.classes
     if picture and data.rank_and_world()[0] == 0:
-        draw_confusion(probabilities, labels, video_list.classes, picture)
-    scores = {"videos": len(labels), "classes": len(video_list.classes)}
-    scores["top1"] = top_k(probabilities, labels, 1)
-    scores["top5"] = top_k(probabilities, labels, 5)
+        draw_confusion(probabilities, labels, classes, picture)
+        write_predictions(predictions_path(picture), probabilities, video_list)
+    scores = {
+        "videos": len(labels),
+        "classes": len(classes),
+        "views": f"{views.clips}x{views.crops}",
+        "frames": views.frames,
+        "precision": precision,
+        "list": video_list.source,
+        "top1": top_k(probabilities, labels, 1),
+        "top5": top_k(probabilities, labels, 5),
+    }
     pairs = inside_pairs(probabilities, video_list)
     if pairs is not None:
         scores["pairs"] = pairs
+    scores |= subset_scores(probabilities, labels, subsets or {})
+    scores["class_top1"] = class_accuracy(probabilities, labels, classes)
     scores["bad"] = [error for _, error in errors]
     scores["absent"] = list(video_list.absent)
-    return scores | subset_scores(probabilities, labels, subsets or {})
+    return scores
+
+
+def predictions_path(picture):
+    """Where the predictions beside a picture of confusion are written."""
+    picture = Path(picture)
+    stem = picture.stem.replace("confusion", "predictions")
+    if stem == picture.stem:
+        stem += "-predictions"
+    return picture.with_name(f"{stem}.csv")
+
+
+def describe_data(lists):
+    """The first list's counts, and a hash that differs if any list's classes or videos differ."""
+    content = []
+    for videos in lists:
+        names = [os.path.basename(path) for path in videos.paths]
+        content.append([list(videos.classes), names, [int(label) for label in videos.labels]])
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+    return f"{len(lists[0].paths)} videos of {len(lists[0].classes)} classes, {digest}"
 
 
 def describe_scores(name, scores):
     """The lines about one test set's scores."""
     numbers = [f"{title} {100 * scores[key]:.2f}" for key, title in SCORES.items() if key in scores]
     lines = [f"{name}: {scores['videos']} videos, {scores['classes']} classes, "
-             + ", ".join(numbers)]
+             f"{', '.join(numbers)} ({scores['views']} views of {scores['frames']} frames, "
+             f"{scores['precision']}; list: {scores['list']})"]
     absent = scores["absent"]
     if absent:
         lines.append(f"{name}: {len(absent)} annotated videos are missing and left out, "
@@ -1041,99 +1325,156 @@ def describe_scores(name, scores):
     return "\n".join(lines)
 
 
-def describe_mean(args, recipe, top1):
-    """The line about the mean over several splits, with the paper's number if there is one."""
-    line = (f"{args.zeroshot}: top-1 {np.mean(top1):.2f} +- {np.std(top1):.2f} "
-            f"over {len(top1)} splits")
+def describe_mean(args, recipe, weight, top1):
+    """The line about the mean over several splits, with the paper's number if it is comparable."""
+    line = f"{args.test}: top-1 {np.mean(top1):.2f} +- {np.std(top1):.2f} over {len(top1)} splits"
     key = f"zeroshot {recipe['method']} k400 {recipe['clip']} {recipe['frames']}"
     if args.labels == "llm":
         key += ", LLM names"
-    if key in PAPERS and args.ensemble and recipe.get("dataset") == "k400":
-        line += f" ({PAPERS[key][args.zeroshot]} in the paper, ensembled with weight 0.7)"
+    if recipe.get("dataset") == "k400" and args.ensemble and weight == 0.7 and key in PAPERS:
+        line += f" ({PAPERS[key][args.test]} in the paper, ensembled with weight 0.7)"
     return line
 
 
-def read_subset(path, classes):
-    """The classes that a file lists, one name per line, all of them among `classes`."""
-    with data.expecting(path, "text in UTF-8, one class per line"):
-        lines = Path(path).read_text("utf-8-sig").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
-    unknown = [name for name in names if name not in classes]
-    if unknown or not names:
-        raise ValueError(f"{path}: it must list classes of the data, one per line; not one: "
-                         f"{', '.join(unknown[:3])}")
-    return names
-
-
 def read_subsets(args, tests):
-    """{kind: class names} of --temporal and --static, which any of the test sets may have."""
+    """{kind: class names} of --temporal and --static, each in at least one of the test sets."""
     classes = {name for video_list in tests.values() for name in video_list.classes}
     subsets = {}
     for kind in ("temporal", "static"):
         path = getattr(args, kind)
-        if path:
-            subsets[kind] = read_subset(path, classes)
+        if not path:
+            continue
+        subsets[kind] = data.read_class_names(path)
+        unknown = [name for name in subsets[kind] if name not in classes]
+        if unknown:
+            raise ValueError(f"{path}: it must list classes of the data, one per line; not one: "
+                             f"{data.some(unknown)}")
     return subsets
 
 
 def labels_of(subsets, classes):
     """{kind: labels} of subsets {kind: class names} in a test set's classes."""
-    return {kind: [i for i, name in enumerate(classes) if name in names]
-            for kind, names in subsets.items()}
+    labels = {}
+    for kind, names in subsets.items():
+        labels[kind] = [i for i, name in enumerate(classes) if name in names]
+    return labels
+
+
+def load_test_sets(args, leave_out=()):
+    """The test sets of --test, {name: data.VideoList}; `leave_out` as in data.load_tests."""
+    root = args.data or f"data/{args.test}"
+    return data.load_tests(args.test, root, labels=args.labels or "", half=args.half or "",
+                           upstream_labels=args.upstream_labels, leave_out=leave_out)
+
+
+def test_all(args, chosen, weight, tests, subsets):
+    """The scores of the model on all test sets, {name: scores}, printed by the first process."""
+    first, output = data.rank_and_world()[0] == 0, text_output(args)
+    results = {}
+    prefix = f"w = {weight:g}, {args.test}" if args.ensemble else args.test
+    for name, video_list in tests.items():
+        picture = None
+        if args.picture and len(args.ensemble or ()) < 2:
+            path = Path(args.picture)
+            picture = path.with_name(f"{path.stem}-{name}{path.suffix}") if results else path
+        videos = data.TestVideos(video_list, chosen.views)
+        results[name] = evaluate(
+            chosen.model, videos, args.batch or 8, args.workers, chosen.precision, name, picture,
+            labels_of(subsets, video_list.classes), args.prompt)
+        if first:
+            print(describe_scores(f"{prefix} {name}", results[name]), file=output)
+    if first and "split2" in results:
+        top1 = [100 * scores["top1"] for scores in results.values()]
+        print(describe_mean(args, chosen.recipe, weight, top1), file=output)
+    return results
 
 
 def run_test(args):
-    """--zeroshot: accuracy on every test set of a data set; over splits mean and deviation."""
-    root = Path(args.data or f"data/{args.zeroshot}")
+    """--test: accuracy on every test set of a data set; over splits mean and deviation."""
     data.start_processes(args.device)
-    tests = data.load_tests(args.zeroshot, root, labels=args.labels or "",
-                            upstream_labels=args.upstream_labels)
-    subsets = read_subsets(args, tests)
-    default_clip = root / "clip.pt" if args.zeroshot == "shapes" else "ViT-B/16"
-    model, recipe = data.node_leader_first(lambda: chosen_model(args, default_clip))
-    views = eval_views(recipe, model)
-    results, output = {}, text_output(args)
     first = data.rank_and_world()[0] == 0
-    for name, video_list in tests.items():
-        picture = None if results else args.picture  # of the first test set
-        results[name] = evaluate(
-            model, data.TestVideos(video_list, views), args.batch or 8, args.workers,
-            args.precision, name, picture, labels_of(subsets, video_list.classes))
-        if first:
-            print(describe_scores(f"{args.zeroshot} {name}", results[name]), file=output)
-    if first and "split1" in results:
-        top1 = [100 * scores["top1"] for scores in results.values()]
-        print(describe_mean(args, recipe, top1), file=output)
+    tests = load_test_sets(args)
+    check_outputs(args, [path for video_list in tests.values() for path in video_list.paths])
+    data.check_same_on_all(describe_data(list(tests.values())))
+    subsets = read_subsets(args, tests)
+    default_clip = "ViT-B/16"
+    if args.test == "shapes":
+        default_clip = Path(args.data or "data/shapes", "clip.pt")
+    chosen = chosen_model(args, default_clip)
+    if chosen.recipe.get("trained_on"):
+        tests = load_test_sets(args, chosen.recipe["trained_on"])
+    if first:
+        print(describe_chosen(chosen), file=sys.stderr)
+        for name, video_list in tests.items():
+            for note in video_list.notes:
+                print(f"{name}: {note}", file=sys.stderr)
+    results, points = {}, []
+    for weight in ensembled(args, chosen):
+        scores = test_all(args, chosen, weight, tests, subsets)
+        points.append((weight, np.mean([result["top1"] for result in scores.values()])))
+        results[f"{weight:g}"] = scores
+    if first and len(points) > 1:
+        for weight, top1 in points:
+            print(f"w = {weight:g}: mean top-1 {100 * top1:.2f}", file=text_output(args))
+        if args.picture:
+            draw_ensembles(points, args.picture)
     if first and args.json:
-        write_json(args.json, results)
+        write_json(args.json, results if len(points) > 1 else scores)
     return 0
 
 
-@torch.no_grad()
-def frame_distance(model, clip, pixels):
-    """Mean earth mover's distance between adjacent frames' patches [paper, ILA Table 5].
+# ---- single videos ---------------------------------------------------------------------------
 
-    clip: (T,3,R,R) uint8; the patches are those of ILA's last block.
+def classes_of(text):
+    """The class names of one value of --classes: those of a file, or text with commas between."""
+    is_path = os.sep in text and os.path.isdir(os.path.dirname(text))
+    if os.path.isfile(text) or text.endswith((".txt", ".csv", ".json")):
+        return list(data.read_class_names(text))
+    if is_path or os.path.exists(text) or re.fullmatch(r"\S+\.[a-z]{2,4}", text):
+        raise ValueError(f"--classes {text}: no such file; for a class of this name write "
+                         f"'{text},'")
+    return text.split(",")
+
+
+def named_classes(values):
+    """The class names of --classes, each once.
+
+    One value: names with commas between them, or a file's. Several: a name or a file each; or one
+    list that the shell has split, if a value ends in a comma.
     """
-    video = data.normalise(clip.to(model.clip.visual.class_embedding.device), pixels)[None]
-    frames = F.normalize(model.encode(video)[0][0, :, 1:], dim=-1)  # (T,P,D)
-    return float(np.mean([earth_movers_distance(a, b) for a, b in zip(frames, frames[1:])]))
-
-
-def named_classes(names):
-    """The class names of --classes, each once: names with commas between them, or a file's."""
-    if names.endswith((".csv", ".json")):
-        found = data.read_labels(names)
-    elif names.endswith(".txt") or os.path.isfile(names) or os.sep in names and os.path.isdir(names):
-        with data.expecting(names, "text in UTF-8, one class per line"):
-            found = Path(names).read_text("utf-8-sig").splitlines()
-    else:
-        found = names.split(",")
+    if any(value.endswith(",") for value in values):
+        values = [" ".join(values)]
+    found = []
+    for value in values:
+        names = classes_of(value)
+        found += [value] if len(values) > 1 and "," in value else names
     classes = list(dict.fromkeys(name.strip() for name in found if name.strip()))
     if not classes:
-        raise ValueError(f"--classes {names!r}: give names with commas between them, or a file "
-                         "with one per line")
+        raise ValueError(f"--classes {' '.join(values)!r}: give names with commas between them, or "
+                         "a file with one per line")
     return classes
+
+
+def chosen_classes(args, chosen):
+    """The classes of --classes, else those that the checkpoint was trained on; [] for features."""
+    known = list(chosen.recipe.get("classes", ()))
+    if args.classes:
+        names = named_classes(args.classes)
+        warn_of_tiny_clip(chosen.model, names, known)
+        return names
+    if not known and not args.features:
+        raise ValueError(f"{args.checkpoint} does not tell its classes: give --classes, such as "
+                         "--classes \"juggling, running\"")
+    return known
+
+
+def warn_of_tiny_clip(model, names, known):
+    """Warns if a CLIP that knows few words is asked for classes of other words than its own."""
+    strange = {*" ".join(names).split()} - {*" ".join(known).split()}
+    embedding = getattr(model.clip, "token_embedding", None)
+    if strange and embedding is not None and len(embedding.weight) <= BYTES:
+        print(f"warning: this model's CLIP is a tiny one that was never trained on words such as "
+              f"{data.some(sorted(strange))}: its answers mean nothing for them", file=sys.stderr)
 
 
 class Window(NamedTuple):
@@ -1143,6 +1484,7 @@ class Window(NamedTuple):
     end: float | None  # seconds; None for a whole video
     clip: torch.Tensor  # (T,3,R,R) uint8, its first view
     values: np.ndarray  # (C,) probabilities, or of a single class its cosine similarity
+    feature: np.ndarray | None  # (E,) if it is asked for
 
 
 def batches_of(items, size):
@@ -1157,86 +1499,154 @@ def batches_of(items, size):
         yield batch
 
 
-def parts_of(path, views, every):
+def parts_of(path, views, args):
     """Yields (start, end, (V,T,3,R,R) uint8) of each window of a video, or once for all of it."""
-    if every is None:
+    if not args.every:
         yield 0.0, None, data.read_test(path, views)
         return
-    windows = data.read_windows(path, every, views.frames, views.size, views.short_side,
-                                data.SAMPLERS[views.sampling])
+    windows = data.read_windows(path, args.every, views.frames, views.size, views.short_side,
+                                data.SAMPLERS[views.sampling], *([args.stride] if args.stride else []))
     for start, end, clip in windows:
         yield start, end, clip[None]
 
 
+def class_values(chosen, views):
+    """uint8 (b,V,T,3,R,R) -> the classes' probabilities or a single class's cosine (b,C)."""
+    logits = view_logits(chosen.model, views, chosen.views.pixels, chosen.precision)  # (b,V,C)
+    if logits.shape[-1] > 1:
+        values = logits.softmax(dim=-1)
+    else:
+        values = logits / chosen.model.clip.logit_scale.exp()
+    return values.mean(dim=1).cpu().numpy()
+
+
+def video_features(chosen, views):
+    """uint8 (b,V,T,3,R,R) -> the mean of the views' features (b,E) float32, not normalised."""
+    model = getattr(chosen.model, "model", chosen.model)  # inside a linear probe
+    device = model.clip.visual.class_embedding.device
+    video = data.normalise(views.flatten(0, 1).to(device), chosen.views.pixels)
+    with autocast(device, chosen.precision):
+        features = model.encode_video(video)
+    return features.float().unflatten(0, views.shape[:2]).mean(dim=1).cpu().numpy()
+
+
 @torch.no_grad()
-def classify_windows(model, path, views, args):
+def read_parts(chosen, path, names, args):
     """Yields a Window for each window of --every, or one for the whole video."""
-    for parts in batches_of(parts_of(path, views, args.every), args.batch or 8):
-        clips = torch.stack([clips for _, _, clips in parts])  # (b,V,T,3,R,R)
-        logits = view_logits(model, clips, views.pixels, args.precision)  # (b,V,C)
-        if logits.shape[-1] > 1:
-            values = logits.softmax(dim=-1)
-        else:
-            values = logits / model.clip.logit_scale.exp()
-        for (start, end, clips), row in zip(parts, values.mean(dim=1).cpu().numpy()):
-            yield Window(start, end, clips[0], row)
+    for parts in batches_of(parts_of(path, chosen.views, args), args.batch or 8):
+        views = torch.stack([view for _, _, view in parts])  # (b,V,T,3,R,R)
+        values = class_values(chosen, views) if names else np.zeros((len(parts), 0))
+        features = video_features(chosen, views) if args.features else [None] * len(parts)
+        for (start, end, view), row, feature in zip(parts, values, features):
+            yield Window(start, end, view[0], row, feature)
 
 
-def describe_window(window, titles, order):
-    """A line about a window: its times and its three most probable classes."""
-    best = "  ".join(f"{window.values[i]:.2f} {titles[i]}" for i in order[:3])
+@torch.no_grad()
+def frame_distance(model, clip, pixels):
+    """Mean earth mover's distance between adjacent frames' patches [paper, ILA Table 5].
+
+    clip: (T,3,R,R) uint8; the patches are those of ILA's last block.
+    """
+    video = data.normalise(clip.to(model.clip.visual.class_embedding.device), pixels)[None]
+    frames = F.normalize(model.encode(video)[0][0, :, 1:], dim=-1)  # (T,P,D)
+    return float(np.mean([earth_movers_distance(a, b) for a, b in zip(frames, frames[1:])]))
+
+
+def describe_window(window, names, top):
+    """A line about a window: its times and its most probable classes."""
+    order = np.argsort(-window.values, kind="stable")[:top]
+    best = "  ".join(f"{window.values[i]:.2f} {data.quoted(names[i])}" for i in order)
     return f"  {clock(window.start)}-{clock(window.end)}  {best}"
 
 
-def describe_whole(model, window, titles, order, pixels):
-    """The lines about a whole video: its five most probable classes, and of ILA a distance."""
-    lines = [f"  {window.values[i]:.3f}  {titles[i]}" for i in order[:5]]
-    if isinstance(model, ILA):
-        distance = frame_distance(model, window.clip, pixels)
+def describe_whole(chosen, window, names, top):
+    """The lines about a whole video: its most probable classes, and of ILA a distance."""
+    order = np.argsort(-window.values, kind="stable")[:top]
+    lines = [f"  {window.values[i]:.3f}  {data.quoted(names[i])}" for i in order]
+    if isinstance(chosen.model, ILA):
+        distance = frame_distance(chosen.model, window.clip, chosen.views.pixels)
         lines.append(f"  {distance:.3f}  earth mover's distance between adjacent frames")
-    return "\n".join(lines)
+    return lines
 
 
-def classify_video(model, path, names, views, args):
-    """Prints the classes of a video or of its windows and draws them -> the windows for the JSON.
-
-    Raises VideoError.
-    """
-    titles = names if len(names) > 1 else [f"{names[0]} (cosine similarity)"]
-    output, record, strip, frames = text_output(args), [], [], Thinned()
-    for window in classify_windows(model, path, views, args):
-        order = np.argsort(-window.values, kind="stable")
-        classes = {}
-        if args.json:
-            classes = {names[i]: round(float(window.values[i]), 6) for i in order}
-        if not record:
-            tqdm.write(path, file=output)
-        record.append({"start": window.start, "end": window.end, "classes": classes})
-        if args.every:
-            tqdm.write(describe_window(window, titles, order), file=output)
-            frames.add((window.start, window.clip[len(window.clip) // 2]))
-            strip.append((window.start, window.end, window.values))
-        else:
-            tqdm.write(describe_whole(model, window, titles, order, views.pixels), file=output)
-    if args.picture and args.every:
-        title = short_name(path) + f": {measure_of(names)} over time"
-        draw_strip(args.picture, title, strip, names, frames.items)
-    elif args.picture:
-        best = order[:5]
-        draw_clip(model, window.clip, args.picture, [titles[i] for i in best],
-                  window.values[best].tolist(), views.pixels)
-    return record
-
-
-def short_name(path):
-    """A file's name, its middle left out if it is longer than 70 characters."""
-    name = Path(path).name
-    return name if len(name) <= 70 else f"{name[:40]}...{name[-27:]}"
+def titles_of(names):
+    """The names as they are shown: beside a single one that its value is no probability."""
+    return names if len(names) != 1 else [f"{names[0]} (cosine similarity)"]
 
 
 def measure_of(names):
     """What the values of the classes are."""
-    return "probability" if len(names) > 1 else "cosine similarity"
+    return "cosine similarity" if len(names) == 1 else "probability"
+
+
+def short_name(path):
+    """A file's name, its middle left out if it is longer than 70 characters."""
+    return data.quoted(Path(path).name, 70)
+
+
+def draw_video(chosen, path, names, windows, frames, args, picture):
+    """The picture of a video: its classes over time, or what the model made of it."""
+    if args.every:
+        strip = [(window.start, window.end, window.values) for window in windows]
+        title = f"{short_name(path)}: {measure_of(names)} over time"
+        draw_strip(picture, title, strip, names, frames)
+        return
+    window = windows[0]
+    titles = titles_of(names)
+    best = np.argsort(-window.values, kind="stable")[:args.top or 5]
+    draw_clip(chosen.model, window.clip, picture, [titles[i] for i in best],
+              window.values[best].tolist(), chosen.views.pixels, short_name(path))
+
+
+def classify_video(chosen, path, names, args, picture):
+    """Prints the classes of a video or of its windows, draws them to `picture` -> its Windows.
+
+    The Windows come without their clips. Raises VideoError.
+    """
+    titles, output, windows, frames = titles_of(names), text_output(args), [], Thinned()
+    for window in read_parts(chosen, path, names, args):
+        lines = [] if windows else [data.quoted(path, 300)]
+        if args.every:
+            lines.append(describe_window(window, titles, args.top or 3))
+            frames.add((window.start, window.clip[len(window.clip) // 2]))
+            window = window._replace(clip=None)
+        elif names:
+            lines += describe_whole(chosen, window, titles, args.top or 5)
+        tqdm.write("\n".join(lines), file=output)
+        windows.append(window)
+    if picture:
+        draw_video(chosen, path, names, windows, frames.items, args, picture)
+    return windows
+
+
+def json_record(path, names, windows, error=None):
+    """What the JSON says of a video, values from high to low."""
+    record = {"video": path, "measure": measure_of(names), "windows": []}
+    for window in windows:
+        order = np.argsort(-window.values, kind="stable")
+        classes = {names[i]: round(float(window.values[i]), 6) for i in order}
+        record["windows"].append({"start": window.start, "end": window.end, "classes": classes})
+    if error:
+        record["error"] = str(error)
+    return record
+
+
+def write_features(path, found):
+    """Features of [(path, Window)] as an .npz file of arrays without pickles.
+
+    features (n,E) float32, not normalised, as `normalised` says; paths and names (n,); start and
+    end (n,) in seconds, end NaN for a whole video.
+    """
+    windows = [window for _, window in found]
+    arrays = {
+        "features": np.stack([window.feature for window in windows]),
+        "paths": np.array([video for video, _ in found]),
+        "names": np.array([Path(video).name for video, _ in found]),
+        "start": np.array([window.start for window in windows]),
+        "end": np.array([window.end for window in windows], dtype=float),
+        "normalised": np.array(False),
+    }
+    write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
 def named_videos(names):
@@ -1246,10 +1656,39 @@ def named_videos(names):
         found = [name] if os.path.exists(name) else []
         if os.path.isdir(name):
             found = [str(path) for path in data.videos_below(name)]
+            tell_passed_over(name)
         if not found:
             raise ValueError(f"{name}: no such video, or a folder without any")
         paths += found
     return paths
+
+
+def tell_passed_over(folder):
+    """Says on standard error which files of a folder are no known videos."""
+    line = data.passed_over(folder)
+    if line:
+        print(line, file=sys.stderr)
+
+
+def is_folder(path):
+    """Whether a path for pictures is meant as a folder: it is one, or has no suffix."""
+    return os.path.isdir(path) or not os.path.splitext(path)[1]
+
+
+def picture_paths(args, paths):
+    """{video: its picture or None}; several pictures lie in the folder --picture, which is made."""
+    if not args.picture or len(paths) == 1 and not is_folder(args.picture):
+        return dict.fromkeys(paths, args.picture)
+    if not is_folder(args.picture):
+        raise ValueError(f"--picture {args.picture}: --video names {len(paths)} videos; name a "
+                         "folder, for a picture of each")
+    os.makedirs(args.picture, exist_ok=True)
+    stems = [Path(path).stem for path in paths]
+    if len({*stems}) < len(stems):  # as in class folders
+        stems = ["-".join(Path(path).with_suffix("").parts[-2:]) for path in paths]
+    if len({*stems}) < len(stems):
+        stems = [f"{stem}-{i}" for i, stem in enumerate(stems, 1)]
+    return {path: os.path.join(args.picture, f"{stem}.png") for path, stem in zip(paths, stems)}
 
 
 def run_video(args):
@@ -1258,40 +1697,51 @@ def run_video(args):
     JSON: [{"video", "measure", "windows": [{"start", "end", "classes": {name: value}}]}], values
     from high to low, times in seconds, end null for a whole video; "error" if it cannot be read.
     """
-    names, paths = named_classes(args.classes), named_videos(args.video)
-    if args.picture and len(paths) > 1:
-        raise ValueError(f"--picture draws one video; --video names {len(paths)}")
-    model, recipe = chosen_model(args, "ViT-B/16")
-    model.set_classes(names)
-    if args.every:
-        recipe = recipe | {"clips": 1, "crops": 1}
-    views = eval_views(recipe, model)
-    records, status = [], 0
-    hide = True if len(paths) < 3 else None  # None: as TQDM_DISABLE says
-    for path in tqdm(paths, desc="videos", leave=False, disable=hide):
-        record = {"video": path, "measure": measure_of(names), "windows": []}
+    if args.classes:
+        named_classes(args.classes)  # what is wrong with them is told before the model is loaded
+    paths = named_videos(args.video)
+    check_outputs(args, paths)
+    pictures = picture_paths(args, paths)
+    chosen = chosen_model(args, "ViT-B/16")
+    names = chosen_classes(args, chosen)
+    if names:
+        set_classes(chosen.model, names, args.prompt)
+    for _ in ensembled(args, chosen):  # a single weight
+        print(describe_chosen(chosen), file=sys.stderr)
+    records, features, failed = [], [], 0
+    bar = data.progress_bar(paths, desc="videos", leave=False) if len(paths) > 2 else paths
+    for path in bar:
+        windows, error = [], None
         try:
-            record["windows"] = classify_video(model, path, names, views, args)
-        except data.VideoError as error:
+            windows = classify_video(chosen, path, names, args, pictures[path])
+        except data.VideoError as caught:
             if len(paths) == 1:
                 raise
-            record["error"], status = str(error), 1
+            error, failed = caught, 1
             tqdm.write(f"unreadable: {error}", file=sys.stderr)
-        records.append(record)
+        if args.features:
+            features += [(path, window._replace(clip=None)) for window in windows]
+        if args.json:
+            records.append(json_record(path, names, windows, error))
     if args.json:
         write_json(args.json, records)
-    return status
+    if features:
+        write_features(args.features, features)
+    return failed
 
+
+# ---- checking files --------------------------------------------------------------------------
 
 def run_check(args):
     """--check: reads every video below a folder and names those that fail. Status 1 if any does."""
     paths = data.videos_below(args.check)
+    tell_passed_over(args.check)
     if not paths:
         raise ValueError(f"{args.check}: no videos below this folder")
     video_list = data.VideoList(("",), tuple(paths), (0,) * len(paths))
     loader = data.TestVideos(video_list, data.Views()).loader(1, args.workers)
     errors = []
-    for _, _, unreadable in tqdm(loader, desc="reading", unit="video"):
+    for _, _, unreadable in data.progress_bar(loader, desc="reading", unit="video"):
         errors += [error for _, error in unreadable]
     for error in errors:
         print(error)
@@ -1301,12 +1751,13 @@ def run_check(args):
 
 # ---- the command line ------------------------------------------------------------------------
 
-TASKS = {"zeroshot": run_test, "video": run_video, "check": run_check}
-MODEL_FLAGS = {"checkpoint", "ensemble", "clip", "merges", "batch", "precision", "device", "json",
-               "picture"}
+TASKS = {"test": run_test, "video": run_video, "check": run_check}
+MODEL_FLAGS = {"checkpoint", "ensemble", "clip", "merges", "set", "views", "frames", "pixels",
+               "prompt", "batch", "precision", "device", "json", "picture"}
 HEEDED = {  # the flags that each task heeds
-    "zeroshot": MODEL_FLAGS | {"data", "labels", "upstream_labels", "temporal", "static", "workers"},
-    "video": MODEL_FLAGS | {"classes", "every"},
+    "test": MODEL_FLAGS | {"data", "labels", "upstream_labels", "half", "temporal", "static",
+                           "workers"},
+    "video": MODEL_FLAGS | {"classes", "every", "stride", "top", "features"},
     "check": {"workers"},
 }
 
@@ -1317,43 +1768,60 @@ def duration(text):
     value = 0.0
     if match:
         value = float(match[1]) * {"ms": 0.001, "s": 1, "min": 60, "": 1}[match[2]]
-    if value < 0.001:
+    if not 0.001 <= value <= 10**6:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 2s, 500ms or 1.5min")
     return value
 
 
+def views_of(text):
+    """(clips, crops) of 4x3; for argparse."""
+    match = re.fullmatch(r"([1-9]\d?)x([13])", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not CLIPSxCROPS such as 2x1 or 4x3, up to "
+                                         "99 clips and 1 or 3 crops")
+    return int(match[1]), int(match[2])
+
+
+def ensemble_weights(text):
+    """The weights of 0.7, of 0,0.5,1 or of 0,0.1,...,1; for argparse."""
+    before, dots, last = text.partition(",...,")
+    try:
+        weights = [float(part) for part in before.split(",")]
+        if dots:
+            step, last = weights[-1] - weights[-2], float(last)
+            while step > 0 and weights[-1] + step < last + 1e-9 and len(weights) < 1000:
+                weights.append(round(weights[-1] + step, 9))
+    except (ValueError, IndexError):
+        weights = []
+    if not weights or not all(0 <= weight <= 1 for weight in weights):
+        raise argparse.ArgumentTypeError(f"{text!r} is no weight between 0 and 1 such as 0.7, and "
+                                         "no list of them such as 0,0.1,...,1")
+    return weights
+
+
+def setting(text):
+    """(key, value) of activation=gelu or head_width=80; for argparse."""
+    key, _, value = text.partition("=")
+    if key == "activation" and value in ACTIVATIONS:
+        return key, value
+    if key == "head_width" and re.fullmatch(r"[1-9]\d{0,4}", value):
+        return key, int(value)
+    raise argparse.ArgumentTypeError(f"{text!r}: known are activation={'|'.join(ACTIVATIONS)} and "
+                                     "head_width=NUMBER, of CLIP files that do not tell them")
+
+
 def check_output(parser, flag, path):
     """Refuses a path at which no file can be written."""
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-        parser.error(f"{flag} {path}: no file can be written there; name one in a folder that "
-                     "exists")
-
-
-def check_task(parser, args):
-    """Refuses, before anything is loaded, flags that the task does not heed, and wrong values."""
-    task = task_of(args)
-    if not task:
-        parser.error("give one of --zeroshot, --video and --check")
-    if task != "zeroshot" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error(f"--{task} is for one process: leave torchrun out")
-    for name, value in vars(args).items():
-        flag = flag_of(name)
-        if value != parser.get_default(name) and name not in HEEDED[task] | {task}:
-            parser.error(f"{flag} means nothing to --{task}: leave it out")
-        least = 0 if name == "workers" else 1
-        if type(value) is int and not least <= value <= 10**6:
-            parser.error(f"{flag} {value}: must lie between {least} and 1000000")
-    for flag, path in (("--json", args.json), ("--picture", args.picture)):
-        if path:
-            check_output(parser, flag, path)
-    if args.picture and not args.picture.lower().endswith((".png", ".jpg")):
-        parser.error(f"--picture {args.picture}: its name must end in .png or .jpg")
-    if args.video and not args.classes:
-        parser.error("--video needs --classes, such as --classes \"juggling, running\"")
-    if args.ensemble is not None and not (args.checkpoint and 0 <= args.ensemble <= 1):
-        parser.error(f"--ensemble {args.ensemble}: it is the weight, between 0 and 1, of a "
-                     "--checkpoint")
-    return args
+    folder = os.path.dirname(path) or "."
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if not os.path.exists(path) or os.path.isfile(path):
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        parser.error(f"{flag} {path}: no file can be written there ({error.strerror}); name one in "
+                     "a folder that exists")
 
 
 def task_of(args):
@@ -1364,9 +1832,62 @@ def task_of(args):
     return None
 
 
+def check_task(parser, args):
+    """Refuses, before anything is loaded, flags that the task does not heed, and wrong values."""
+    task = task_of(args)
+    if not task:
+        parser.error("give one of --test, --video and --check")
+    if task != "test" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error(f"--{task} is for one process: leave torchrun out")
+    for name, value in vars(args).items():
+        flag = flag_of(name)
+        if value != parser.get_default(name) and name not in HEEDED[task] | {task}:
+            parser.error(f"{flag} means nothing to --{task}: leave it out")
+        least = 0 if name == "workers" else 1
+        if type(value) is int and not least <= value <= 10**6:
+            parser.error(f"{flag} {value}: must lie between {least} and 1000000")
+    if args.ensemble and not args.checkpoint:
+        parser.error("--ensemble is the weight of a --checkpoint: give one")
+    for name in ("json", "picture", "features"):
+        path = getattr(args, name)
+        if path and path != "-" and not (name == "picture" and is_folder(path) and args.video):
+            check_output(parser, flag_of(name), path)
+    if args.test:
+        check_test_flags(parser, args)
+    if args.video:
+        check_video_flags(parser, args)
+    args.set = dict(args.set)
+    return args
+
+
+def check_test_flags(parser, args):
+    """Refuses flags that do not go together in --test."""
+    if args.picture and not args.picture.lower().endswith((".png", ".jpg")):
+        parser.error(f"--picture {args.picture}: its name must end in .png or .jpg")
+
+
+def check_video_flags(parser, args):
+    """Refuses flags that do not go together in --video."""
+    picture = args.picture or ".png"
+    if not (picture.lower().endswith((".png", ".jpg")) or is_folder(picture)):
+        parser.error(f"--picture {picture}: its name must end in .png or .jpg, or be a folder")
+    if args.features and not args.features.endswith(".npz"):
+        parser.error(f"--features {args.features}: its name must end in .npz")
+    if not (args.classes or args.checkpoint or args.features):
+        parser.error("--video needs --classes, such as --classes \"juggling, running\"")
+    if args.picture and args.features and not args.classes:
+        parser.error("--picture draws classes: give --classes too")
+    if args.stride and not args.every:
+        parser.error("--stride is the time from one window to the next: give --every too")
+    if args.views and args.every:
+        parser.error("--views means nothing with --every: a window is seen once")
+    if len(args.ensemble or ()) > 1:
+        parser.error("--ensemble takes several weights only with --test")
+
+
 def add_task_flags(parser):
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--zeroshot", choices=data.DATASETS, metavar="DATASET",
+    group.add_argument("--test", "--zeroshot", choices=data.DATASETS, metavar="DATASET",
                        help=f"test on one of {', '.join(data.DATASETS)}")
     group.add_argument("--video", nargs="+", metavar="PATH",
                        help="classify videos, and all videos in folders")
@@ -1376,6 +1897,8 @@ def add_task_flags(parser):
 
 def add_test_flags(flag):
     flag("--data", metavar="DIR", help="folder of the data; default data/DATASET")
+    flag("--half", choices=("base", "novel"),
+         help="only these classes, for base-to-novel checkpoints; default: all classes")
     flag("--labels", metavar="FILE",
          help="other class names for the same ids, CSV id,name or JSON; llm: the published "
          "LLM-rephrased ones in the data folder; default: the dataset's")
@@ -1388,46 +1911,67 @@ def add_test_flags(flag):
 
 
 def add_video_flags(flag):
-    flag("--classes", metavar="NAMES",
-         help="needed: names or sentences with commas between them, or a file, one per line, CSV "
-         "id,name or JSON; a single one gets its cosine similarity, not a probability")
+    flag("--classes", nargs="+", metavar="NAMES",
+         help="names or sentences with commas between them, or in quotes each; or a file, one per "
+         "line, CSV id,name or JSON; a single one gets its cosine similarity, not a probability; "
+         "default: those that the checkpoint was trained on")
     flag("--every", type=duration, metavar="TIME",
-         help="windows of this length, one after the other: 2s, 500ms, 1.5min or 2 (seconds); "
-         "default: the whole video at once")
+         help="windows of this length: 2s, 500ms, 1.5min or 2 (seconds); default: the whole video")
+    flag("--stride", type=duration, metavar="TIME",
+         help="from one window's start to the next's; default: as --every")
+    flag("--top", type=int, metavar="K", help="classes to print; default 5, of a window 3")
+    flag("--features", metavar="NPZ",
+         help="write the videos' features, not normalised, with paths and times; default: no file")
 
 
 def add_model_flags(flag):
     flag("--checkpoint", metavar="FILE",
          help="a best.pt of train.py, or a released file; default: vanilla CLIP")
-    flag("--ensemble", type=float, metavar="W",
-         help="(1 - W) x CLIP's weights + W x the checkpoint's; default 1")
+    flag("--ensemble", type=ensemble_weights, metavar="W",
+         help="(1 - W) x CLIP's weights + W x the checkpoint's; 0,0.1,...,1 tests each and draws "
+         "the curve; default 1")
+    flag("--clip", metavar="NAME",
+         help="OpenAI's name or a file; default ViT-B/16, for shapes its own")
+    flag("--merges", metavar="FILE",
+         help="CLIP's BPE merges; default: the cache folder's, downloaded once")
+    flag("--set", nargs="+", action="extend", type=setting, default=[], metavar="KEY=VALUE",
+         help="activation=gelu|quick_gelu and head_width=NUMBER, of CLIP files that do not tell "
+         "them; default: as the file says")
+    flag("--views", type=views_of, metavar="CLIPSxCROPS",
+         help="views of a video in time and in space; default: the recipe's, 2x1 for CLIP")
+    flag("--frames", type=int, help="frames of a view; default: the recipe's, 16 for CLIP")
+    flag("--pixels", choices=data.MEANS,
+         help="whose mean and deviation pixels are normalised with; default: the recipe's")
+    flag("--prompt", nargs="+", metavar="TEXT",
+         help='templates such as "a video of {}.", averaged; default: "a photo of a {}."')
+    flag("--batch", type=int, help="videos (or windows) per pass; default 8")
+    flag("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+         help="default %(default)s: 16 bits on a GPU, fp32 on a CPU")
+    flag("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     flag("--json", metavar="FILE",
          help='also write the results, - to standard output; of --video [{"video", "measure", '
          '"windows": [{"start", "end", "classes": {name: value}}]}], in seconds, end null for a '
          "whole video; default: no file")
     flag("--picture", metavar="PNG",
-         help="draw what the model made of the video; with --every what happens when; with "
-         "--zeroshot which classes are taken for which; default: no picture")
-    flag("--clip", metavar="NAME",
-         help="OpenAI's name or a file; default ViT-B/16, for shapes its own")
-    flag("--merges", metavar="FILE",
-         help="CLIP's BPE merges; default: the cache folder's, downloaded once")
-    flag("--batch", type=int, help="videos (or windows) per pass; default 8")
-    flag("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
-         help="default %(default)s")
-    flag("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
+         help="draw what the model made of the video, of several into a folder; with --every what "
+         "happens when; with --test which classes are taken for which, with predictions.csv "
+         "beside; default: no picture")
 
 
 def parse_args(arguments=None):
-    usage = "eval.py (--zeroshot | --video | --check) ... [flags]"
+    usage = "eval.py (--test | --video | --check) ... [flags]"
     parser = Parser(description=__doc__, usage=usage)
     add_task_flags(parser)
-    add_test_flags(parser.add_argument_group("for --zeroshot").add_argument)
+    add_test_flags(parser.add_argument_group("for --test").add_argument)
     add_video_flags(parser.add_argument_group("for --video").add_argument)
-    add_model_flags(parser.add_argument_group("for --zeroshot and --video").add_argument)
-    flag = parser.add_argument_group("for --zeroshot and --check").add_argument
+    add_model_flags(parser.add_argument_group("for --test and --video").add_argument)
+    flag = parser.add_argument_group("for --test and --check").add_argument
     flag("--workers", type=int, default=min(8, os.cpu_count()),
          help="loader processes; default %(default)s")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and os.path.exists(arguments[0]):
+        parser.error(f"{arguments[0]}: write --video {arguments[0]}, --check {arguments[0]} or "
+                     "--test DATASET")
     return check_task(parser, check_flags(parser, parser.parse_args(arguments)))
 
 

@@ -621,10 +621,9 @@ def start(recipe, folder, train_videos, validation_videos, device):
     if (folder / "last.pt").exists():
         per_epoch = steps_per_epoch(recipe, len(train_videos.paths))
         progress = load_last(folder, model, optimizer, scaler, per_epoch)
-    views = evaluation.eval_views(vars(recipe), model)
-    one_view = dataclasses.replace(views, clips=1, crops=1)
+    one_view = evaluation.eval_views(vars(recipe) | {"clips": 1, "crops": 1}, model)
     training = data.TrainVideos(
-        train_videos, views, recipe.seed, recipe.augmentation(), recipe.keep_decoded)
+        train_videos, one_view, recipe.seed, recipe.augmentation(), recipe.keep_decoded)
     validation = data.TestVideos(validation_videos, one_view, recipe.keep_decoded)
     return Run(recipe, folder, training, validation, model, wrap(model, recipe), optimizer, scaler,
                progress)
@@ -908,6 +907,7 @@ def transfer(run, root):
     tuned = {name: value.clone() for name, value in model.state_dict().items()}
     ensembled = evaluation.ensemble(base.state_dict(), tuned, 0.7)
     labels = "llm" if recipe.labels == "llm" else ""
+    test_views = evaluation.eval_views(vars(recipe), model)
     results = {}
     for dataset in TRANSFER:
         if dataset == recipe.dataset:
@@ -921,7 +921,7 @@ def transfer(run, root):
         for kind, state in (("plain", tuned), ("ensembled", ensembled)):
             model.load_state_dict(state)
             results[dataset][kind] = {
-                name: scores_of(run, data.TestVideos(videos, run.training.views))
+                name: scores_of(run, data.TestVideos(videos, test_views))
                 for name, videos in tests.items()}
     return results
 
@@ -1007,11 +1007,13 @@ def test_best(run, tests, root):
         "transfer": {},
         "bad": sorted({error for line in history for error in line["bad"]}),
     }
-    picture = run.folder / "confusion.png"  # of the first test set
+    test_views = evaluation.eval_views(vars(recipe), run.model)
+    picture = run.folder / "confusion.png"
     for name, videos in tests.items():
-        videos = data.TestVideos(videos, run.training.views, recipe.keep_decoded)
+        if results["tests"]:  # not the first
+            picture = run.folder / f"confusion-{name}.png"
+        videos = data.TestVideos(videos, test_views, recipe.keep_decoded)
         results["tests"][name] = scores_of(run, videos, picture)
-        picture = None
     results["seconds"] = round(history[-1]["seconds"], 1)
     if recipe.protocol == "zeroshot" and recipe.dataset in data.PAGES:
         results["transfer"] = transfer(run, root)

@@ -103,7 +103,10 @@ def told(script, words, capsys):
     lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.strip()]
     assert status == 2, (status, lines)
     assert [i for i, line in enumerate(lines) if "error: " in line] == [len(lines) - 1], lines
-    assert all(line.startswith("  ") or "|" in line or " training videos of " in line for line in lines[:-1]), lines
+    first = ("  ", "warning: ")
+    usual = (" training videos of ", " views of ", "are no known videos", "|")
+    assert all(line.startswith(first) or any(word in line for word in usual) for line in lines[:-1]), lines
+    assert len(lines[-1]) < 300, lines[-1]
     return lines[-1]
 
 
@@ -133,7 +136,7 @@ TRAIN = [  # arguments; {t}: the folder of things, {w}: the miniature world. Wha
     ("--method ila --set shots=2 blocks=7-9", "within 1-4"), ("--method ila --set shots=2 num_classes=7", "head of 7"),
     ("--upstream-labels --set shots=2", "only hmdb51"), ("--merges nowhere.gz", "--merges nowhere.gz: no such file"),
     ("--checkpoint nowhere.pt", "--checkpoint nowhere.pt: no"), ("--checkpoint=", "--checkpoint is empty"),
-    ("--checkpoint {t}/folder", "/folder: no such file"),
+    ("--checkpoint {t}/folder", "/folder: a folder without best.pt"),
     ("--method tc --checkpoint {t}/ila.pt --set shots=2", "ila.pt: not weights for this run, but of ila"),
     ("--method tc --checkpoint {t}/tc.pt --set shots=2 frames=4", "of tc with 8 frames"),
     ("--dataset folder --data {t}/one_each --protocol supervised", "supervised trains on all training videos"),
@@ -171,12 +174,12 @@ TRAIN = [  # arguments; {t}: the folder of things, {w}: the miniature world. Wha
     ("--dataset ucf101 --data {t}/hmdb", "testlist01.txt is missing"),
     ("--dataset hmdb51 --data {t}/hmdb --clip {w}/clip.pt --set shots=9", "fewer than shots=9")]
 EVAL = [
-    ("", "give one of --zeroshot, --video"), ("--zeroshot imagenet", "invalid choice"), ("--zeroshot shapes --check {w}", "not allowed with"),
+    ("", "give one of --test, --video"), ("--zeroshot imagenet", "invalid choice"), ("--zeroshot shapes --check {w}", "not allowed with"),
     ("--zeroshot shapes --data nowhere", "nowhere: no data there"), ("--zeroshot shapes --data=", "--data is empty"),
     ("--zeroshot shapes --data {t}/text", "no data there"),
     ("--zeroshot hmdb51 --data {t}/splits_alone", "none of its 3"),
-    ("{z} --every 2s", "--every means nothing to --zeroshot"), ("{z} --classes a,b", "--classes means"),
-    ("{z} --frames 4", "unrecognized arguments: --frames"), ("{z} --train", "unrecognized arguments: --train"), ("{z} --workers=-1", "--workers -1"),
+    ("{z} --every 2s", "--every means nothing to --test"), ("{z} --classes a,b", "--classes means"),
+    ("{z} --frame-rate 4", "unrecognized arguments: --frame-rate"), ("{z} --train", "unrecognized arguments: --train"), ("{z} --workers=-1", "--workers -1"),
     ("{z} --batch 0", "--batch 0"), (f"{{z}} --batch {10**20}", "must lie between 1 and"),
     ("{z} --upstream-labels", "only hmdb51"),
     ("{z} --checkpoint {t}/older.pt", "older.pt: not weights that can be used: no short_side"),
@@ -186,9 +189,9 @@ EVAL = [
     ("{z} --checkpoint {t}/list.pt", "list.pt: not weights"),
     ("{z} --checkpoint {t}/words.pt", "words.pt: not weights"), ("{z} --checkpoint {t}/other.pt", "not CLIP weights"),
     ("{z} --checkpoint {t}/code.pt", "code.pt: refused"), ("{z} --checkpoint {t}/half.pt", "half.pt: refused"),
-    ("{z} --checkpoint {t}/empty", "/empty: refused"), ("{z} --checkpoint {t}/folder", "/folder: no such file"),
+    ("{z} --checkpoint {t}/empty", "/empty: refused"), ("{z} --checkpoint {t}/folder", "/folder: a folder without best.pt"),
     ("{z} --checkpoint nowhere.pt", "nowhere.pt: no such file"), ("{z} --checkpoint=", "--checkpoint is empty"),
-    ("{z} --ensemble 0.5", "of a --checkpoint"), ("{z} --checkpoint {t}/tc.pt --ensemble nan", "--ensemble nan"),
+    ("{z} --ensemble 0.5", "of a --checkpoint"), ("{z} --checkpoint {t}/tc.pt --ensemble nan", "'nan' is no weight"),
     ("{z} --checkpoint {t}/tc.pt --ensemble 7", "between 0 and 1"),
     ("{z} --checkpoint {t}/tc.pt --ensemble 0.5 --clip {t}/small.pt", "give its --clip"),
     ("{z} --merges nowhere", "--merges nowhere"), ("{z} --device tpu", "'tpu' (choose from"),
@@ -206,10 +209,10 @@ EVAL = [
     ("--video x.mp4 --classes a", "x.mp4: no such video"),
     ("--video {t}/folder --classes a", "or a folder without any"), ("--video {v} x.mp4 --classes a", "x.mp4"),
     ("--video {t}/text --classes a --clip {w}/clip.pt", "/text: "),
-    ("--video {w}/base --classes a --picture p.png", "draws one video"),
+    ("--video {w}/base --classes a --picture p.png", "names 40 videos; name a folder"),
     ("--video {v} --classes=", "--classes is empty"), ("--video {v} --classes nowhere.txt", "nowhere.txt: expected"),
-    ("--video {v} --classes {t}/folder", "/folder: expected"),
-    ("--video {v} --classes {t}/binary", "/binary: expected"), ("--video {v} --classes {t}/empty", "one per line"),
+    ("--video {v} --classes {t}/folder", "/folder: no such file"),
+    ("--video {v} --classes {t}/binary", "/binary: expected"), ("--video {v} --classes {t}/empty", "one class per line"),
     ("--video {v} --classes {t}/broken.json", "broken.json: expected"),
     ("--video {v} --classes {t}/unnamed.csv", "id 1 has no name"), ("--video {v} --classes {t}/twice.csv", "or its name b is there twice"),
     ("--video {v} --classes {t}/number.json", "number.json: expected"),
@@ -222,7 +225,38 @@ EVAL = [
     (f"--video {{v}} --classes {'a' * 40} --checkpoint {{t}}/tc.pt", "does not fit"),
     ("--video {v} --classes a --every 0", "not a time"),
     ("--video {v} --classes a --every=-2s", "'-2s' is not a time"),
-    ("--video {v} --classes a --every 2h", "2s, 500ms")]
+    ("--video {v} --classes a --every 2h", "2s, 500ms"),
+    ("{v}", "write --video"), ("--video -0WZ.mp4 --classes a", "-0WZ.mp4 looks like a flag: write ./-0WZ.mp4"),
+    ("--test imagenet", "invalid choice"), ("{z} --half old", "invalid choice: 'old'"),
+    ("{z} --views 4x2", "'4x2' is not CLIPSxCROPS"), ("{z} --views 4", "such as 2x1 or 4x3"),
+    ("{z} --views 0x1", "'0x1' is not"), ("{z} --frames 0", "--frames 0: must lie"),
+    ("{z} --frames x", "invalid int value"), ("{z} --checkpoint {t}/ila.pt --frames 4", "--frames 4: "),
+    ("{z} --checkpoint {t}/tc.pt --frames 4", "4 frames; this model was made for 8"),
+    ("{z} --pixels grey", "invalid choice: 'grey'"), ("{z} --prompt photo", "'photo' has no {}"),
+    ("{z} --checkpoint {t}/tc.pt --prompt {{}}", "has learned its prompt"),
+    ("{z} --prompt=", "--prompt is empty"), ("{z} --precision fp8", "invalid choice: 'fp8'"),
+    ("{z} --set lr=3", "'lr=3': known are activation=quick_gelu|gelu"), ("{z} --set activation", "known are"),
+    ("{z} --set activation=relu", "known are"), ("{z} --set head_width=0", "head_width=NUMBER"),
+    ("{z} --checkpoint {t}/tc.pt --ensemble 0,0.1,...", "no list of them"),
+    ("{z} --checkpoint {t}/tc.pt --ensemble 0,...,1", "no list of them"),
+    ("{z} --checkpoint {t}/tc.pt --ensemble 0,2", "between 0 and 1"),
+    ("--video {v} --classes a --checkpoint {t}/tc.pt --ensemble 0,1", "only with --test"),
+    ("{z} --features f.npz", "--features means nothing to --test"), ("{z} --top 3", "--top means nothing"),
+    ("{z} --stride 2s", "--stride means nothing"), ("--video {v} --classes a --half base", "--half means"),
+    ("--video {v} --classes a --features f.txt", "must end in .npz"), ("--video {v} --classes a --top 0", "--top 0"),
+    ("--video {v} --classes a --features nowhere/f.npz", "no file can be written there"),
+    ("--video {v} --features f.npz --picture p.png", "give --classes too"),
+    ("--video {v} --classes a --stride 1s", "give --every too"),
+    ("--video {v} --classes a --every 1s --stride 0", "not a time"),
+    ("--video {v} --classes a --every 1s --views 4x3", "--views means nothing with --every"),
+    ("--video {v} --classes a --picture p.xyz", "or be a folder"),
+    ("--video {v} --classes a --json {v}", "this file is read"), ("--video {w}/base --classes a --json {v}", "this file is read"),
+    ("{z} --json {v}", "this file is read"), ("{z} --checkpoint {t}/tc.pt --json {t}/tc.pt", "this file is read"),
+    ("--video {v} --classes {t}/text --json {t}/text", "this file is read"),
+    ("--video {v} --classes a --json p.png --picture p.png", "this file is read"),
+    ("--video {v} --classes a --json /proc/none.json", "no file can be written there"),
+    ("--video {v} --classes {t}/nowhere", "no such file; for a class of this name write"),
+    ("--video {v} --classes names.tsv", "no such file"), ("--video {v} --classes /dev/fd/0", "no such file")]
 
 
 @pytest.mark.parametrize("script, words, said", [("train", *case) for case in TRAIN] + [("eval", *case) for case in EVAL])
@@ -281,7 +315,7 @@ def test_every_process_tells_its_error_where_the_first_does_not(local, waits, mo
     def main(_):
         raise ValueError("no data here")
     assert evaluation.run_command(main, lambda: None) == 2
-    assert capsys.readouterr().err == "error: no data here\n" and slept == waits
+    assert capsys.readouterr().err.startswith("error: no data here") and slept == waits
 
 
 def test_compiling_needs_a_compiler(world, tmp_path, monkeypatch, capsys):
@@ -304,6 +338,62 @@ def test_a_bug_keeps_its_traceback():
         raise RuntimeError("shapes differ")
     with pytest.raises(RuntimeError, match="shapes differ"):
         evaluation.run_command(main, lambda: None)
+
+
+def test_the_traceback_behind_a_line_can_be_seen(monkeypatch, capsys):
+    """A refusal of ours is complete; of any other error the line says how to see where it comes from."""
+    def bug(_):
+        return int("x")
+
+    def refusal(_):
+        evaluation.stop_if_unreadable(["a", "b"], 2)
+    assert evaluation.run_command(refusal, lambda: None) == 2
+    assert "TRACEBACK" not in capsys.readouterr().err
+    assert evaluation.run_command(bug, lambda: None) == 2
+    assert capsys.readouterr().err.endswith("'x' (TRACEBACK=1 in the environment shows where)\n")
+    monkeypatch.setenv("TRACEBACK", "1")
+    for main in (bug, refusal):
+        with pytest.raises(ValueError):
+            evaluation.run_command(main, lambda: None)
+
+
+@pytest.mark.parametrize("error, said", [
+    (MemoryError(), "out of memory: "), (OSError(24, "Too many open files"), "too many open files: raise the limit"),
+    (RuntimeError("Too many open files. Communication with the workers is"), "too many open files"),
+    (ValueError(), "ValueError (TRACEBACK=1"), (ValueError("a\x1b[31m\nb"), "a\\x1b[31m b"),
+    (ValueError("x" * 10**6), "xxx...xxx")])
+def test_every_error_is_one_short_line(error, said, capsys):
+    def main(_):
+        raise error
+    assert evaluation.run_command(main, lambda: None) == 2
+    line = capsys.readouterr().err
+    assert said in line and line.count("\n") == 1 and len(line) < 300
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_closed_streams(world, closed):
+    words = f"exec {sys.executable} {ROOT / 'eval.py'} --check '{world / 'novel'}' --workers 0 {closed}"
+    done = subprocess.run(["sh", "-c", words], text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert (done.stdout == "0 of 20 videos cannot be read\n") == (closed == "2>&-")
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    evaluation.write_json(link, {"a": 1})
+    assert link.is_symlink() and target.read_text() == '{\n "a": 1\n}\n'
+
+    def broken(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="target.json cannot be written .*No space left"):
+        evaluation.write_atomically(target, broken)
+    assert target.read_text() == '{\n "a": 1\n}\n' and len(list(tmp_path.iterdir())) == 2
+    evaluation.write_json(os.devnull, {"a": 1})
+    assert not os.path.isfile(os.devnull)
+    with pytest.raises(OSError, match="nowhere"):
+        evaluation.write_json(tmp_path / "nowhere" / "a.json", {})
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -337,7 +427,7 @@ def test_interrupted_at_the_keyboard(script, world, tmp_path):
         seen += process.stderr.read()
         assert process.wait(timeout=60) == 130, seen
     lines = [line for line in re.split(r"[\r\n]", seen) if line.strip() and "|" not in line
-             and not line.startswith(("  ", str(tmp_path)))]  # what a run begins with
+             and not line.startswith(("  ", str(tmp_path))) and "no known videos" not in line]  # what a run begins with
     assert len(lines) == 1 and lines[0].startswith("interrupted; "), seen
     assert not list(tmp_path.rglob(".*"))
 
@@ -380,7 +470,7 @@ def test_help_is_two_screens_and_every_flag_says_its_default(script, monkeypatch
     text = help_of(script, monkeypatch, capsys)
     lines = text.splitlines()
     assert len(lines) <= 100 and max(map(len, lines)) <= 100, (len(lines), [line for line in lines if len(line) > 100])
-    tasks = ("-h", "--zeroshot", "--video", "--check")  # of which one is needed
+    tasks = ("-h", "--test", "--video", "--check")  # of which one is needed
     for flag in flags:
         assert flag["name"] in tasks or re.search("default|needed", flag["help"]), flag
 

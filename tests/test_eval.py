@@ -1,6 +1,9 @@
 """Evaluation: metrics, exactness over processes, ensembling, single videos, pictures, checking."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from ila import ILA
 from video_prompt import TCCLIP, TCConfig
 
 NAMES = "red to blue, blue to red"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,36 @@ def test_subsets_are_looked_up_in_every_test_set(world, checkpoint, tmp_path, ca
     scores = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)  # no NaN
     assert {"temporal", "static", "temporal score"} <= scores["base"].keys()
     assert "static" in scores["novel"] and not {"temporal", "temporal score"} & scores["novel"].keys()
+
+
+def test_accuracy_of_each_class():
+    p = np.array([[.6, .4, 0], [.4, .6, 0], [.1, .9, 0], [np.nan] * 3], dtype=np.float32)
+    assert evaluation.class_accuracy(p, (0, 0, 1, 1), ["a", "b", "c"]) == {"a": 0.5, "b": 0.5, "c": None}
+
+
+def test_logits_that_are_not_finite_are_an_error(world):
+    model = FramePool(load_clip(world / "clip.pt")).eval()
+    model.set_classes(["a", "b"])
+    views = torch.zeros(1, 1, 8, 3, 32, 32, dtype=torch.uint8)
+    assert evaluation.view_logits(model, views, "clip", "fp32").shape == (1, 1, 2)
+    with torch.no_grad():
+        model.clip.visual.proj[0] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        evaluation.view_logits(model, views, "clip", "fp32")
+
+
+@pytest.mark.parametrize("kind, bf16, auto", [("cpu", True, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp16")])
+def test_automatic_precision(kind, bf16, auto, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+    assert evaluation.resolve_precision(torch.device(kind), "auto") == auto
+    for name in ("fp32", "bf16", "fp16"):
+        assert evaluation.resolve_precision(torch.device(kind), name) == name
+
+
+@pytest.mark.parametrize("text, weights", [
+    ("0.7", [0.7]), ("0,0.5,1", [0, 0.5, 1]), ("0,0.1,...,1", [i / 10 for i in range(11)]), ("0,0.25,...,0.9", [0, .25, .5, .75])])
+def test_weights_of_ensembles(text, weights):
+    assert evaluation.ensemble_weights(text) == pytest.approx(weights)
 
 
 def test_inside_pairs():
@@ -130,6 +164,96 @@ def test_zeroshot_of_vanilla_clip_and_of_an_ensemble(world, checkpoint, capsys):
     assert vanilla.count("inside reversed pairs 50.00") == 2
     assert evaluate("--zeroshot", "shapes", "--data", world, "--checkpoint", checkpoint, "--ensemble", "0.7") == 0
     assert "base: 40 videos" in capsys.readouterr().out
+
+
+def test_views_frames_pixels_and_prompts_are_those_that_the_flags_name(world, tmp_path, capsys):
+    prompts = ["{}", "a video of {}."]
+    assert evaluate("--test", "shapes", "--data", world, "--views", "2x3", "--frames", 4, "--pixels", "imagenet", "--prompt",
+                    *prompts, "--half", "novel", "--json", tmp_path / "a.json", "--picture", tmp_path / "confusion.png") == 0
+    assert "(2x3 views of 4 frames, fp32; list: novel/)" in capsys.readouterr().out
+    (scores,) = json.loads((tmp_path / "a.json").read_text()).values()
+    assert (scores["views"], scores["frames"], scores["precision"], scores["list"]) == ("2x3", 4, "fp32", "novel/")
+    videos = data.load_tests("shapes", world)["novel"]
+    assert scores["class_top1"].keys() == set(videos.classes) and scores["classes"] == 10
+    model = FramePool(load_clip(world / "clip.pt")).eval()
+    model.set_classes(videos.classes, templates=prompts)
+    rows = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert len(rows) == 21 and rows[0].startswith("path,label,class 1,probability 1,")
+    views = data.read_test(videos.paths[3], data.Views(4, 32, evaluation.eval_views(
+        evaluation.VANILLA | {"crops": 3}, model).short_side, clips=2, crops=3))
+    with torch.no_grad():
+        p = model(data.normalise(views, "imagenet"))[0].softmax(-1).mean(0)
+    path, label, *best = rows[4].split(",")
+    assert path == str(videos.paths[3]) and label == videos.classes[videos.labels[3]]
+    order = p.argsort(descending=True)[:5]
+    assert best[::2] == [videos.classes[i] for i in order]
+    assert [float(value) for value in best[1::2]] == pytest.approx(p[order].tolist(), abs=2e-6)
+
+
+def test_predictions_replace_no_video_and_leave_unreadable_ones_open(world, tmp_path):
+    from test_train import spoiled
+    root = spoiled(world, tmp_path / "data", 0)
+    bad = Path(data.videos_below(root / "novel")[-1])
+    bad.unlink()
+    bad.write_bytes(b"")
+    before = {path: path.read_bytes() for path in root.rglob("*.mp4")}
+    assert evaluate("--test", "shapes", "--data", root, "--picture", tmp_path / "confusion.png") == 0
+    assert before == {path: path.read_bytes() for path in root.rglob("*.mp4")}
+    assert {path.name for path in tmp_path.glob("*.*")} == {"confusion.png", "confusion-novel.png", "predictions.csv",
+                                                            "predictions-novel.csv"}
+    rows = (tmp_path / "predictions-novel.csv").read_text().splitlines()
+    assert rows[-1] == f"{bad},{bad.parent.name}" and rows[1].count(",") == 11
+
+
+def test_accuracy_over_the_weight_of_an_ensemble(world, checkpoint, tmp_path, capsys):
+    words = "--test", "shapes", "--data", world, "--checkpoint", checkpoint, "--json", tmp_path / "a.json"
+    assert evaluate(*words, "--ensemble", "0,0.5,...,1", "--picture", tmp_path / "w.png") == 0
+    out = capsys.readouterr().out
+    curve = json.loads((tmp_path / "a.json").read_text())
+    assert [*curve] == ["0", "0.5", "1"] and (tmp_path / "w.png").is_file()
+    assert evaluate(*words) == 0
+    assert json.loads((tmp_path / "a.json").read_text()) == curve["1"]
+    assert evaluate(*words, "--ensemble", "0.5") == 0
+    assert json.loads((tmp_path / "a.json").read_text()) == curve["0.5"] != curve["1"]
+    for weight, scores in curve.items():
+        mean = 100 * np.mean([score["top1"] for score in scores.values()])
+        assert f"w = {weight}: mean top-1 {mean:.2f}\n" in out
+
+
+def test_videos_of_the_training_are_left_out(world, tmp_path, capsys):
+    content = torch.load(evaluate_trained(world, tmp_path), weights_only=True)
+    videos = data.load_tests("shapes", world)["base"]
+    content["trained_on"] = data.keys_of(videos.keep(range(30)))
+    torch.save(content, tmp_path / "best.pt")
+    assert evaluate("--test", "shapes", "--data", world, "--checkpoint", tmp_path / "best.pt") == 0
+    out, err = capsys.readouterr()
+    assert "base: 10 videos" in out and "base: 30 of 40 videos are left out: the model was trained on them" in err
+
+
+def evaluate_trained(world, folder):
+    """A checkpoint of random weights as train.py writes it."""
+    import dataclasses
+
+    import train
+    recipe = train.resolve_recipe("fewshot", "vifi", "shapes")
+    model = evaluation.build_model(vars(recipe), load_clip(world / "clip.pt"))
+    classes = list(data.load_tests("shapes", world)["base"].classes)
+    torch.save({"recipe": dataclasses.asdict(recipe), "classes": classes, "model": model.state_dict()}, folder / "best.pt")
+    return folder / "best.pt"
+
+
+def test_processes_with_other_data_are_told(world, tmp_path):
+    """Each process has a copy of its own; one lacks a video."""
+    import shutil
+    for rank in "01":
+        shutil.copytree(world, tmp_path / rank / "d")
+    Path(data.videos_below(tmp_path / "1" / "d" / "base")[0]).unlink()
+    (tmp_path / "run.sh").write_text(f"cd {tmp_path}/$LOCAL_RANK; exec {sys.executable} {ROOT / 'eval.py'} --test shapes "
+                                     "--data d --workers 0")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--no-python", "bash",
+                           str(tmp_path / "run.sh")], text=True, capture_output=True, timeout=100,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode and "rank 1 sees other data than rank 0: 39 videos of 20 classes" in done.stderr
 
 
 def test_an_unreadable_test_video_is_wrong_and_named(world, tmp_path, capsys):

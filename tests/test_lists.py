@@ -718,7 +718,7 @@ def test_lists_of_other_programs(tmp_path):
 
 
 def test_names_are_printed_safely(tmp_path):
-    assert data.quoted("a\x1b[31m\nb\u202e\udcff") == "a\\x1b[31m\\x0ab\\x202e\\xdcff"
+    assert data.quoted("a\x1b[31m\nb\u202e\udcff") == "a\\x1b[31m\\nb\\u202e\\udcff"
     assert data.quoted("x" * 10 ** 6 + "end", 20) == "xxxxxxxx...xxxxxend"
     assert data.some(["a", "b", "c"]) == "a, b, c" and data.some("abcd", 2) == "a, b, ..."
     (tmp_path / "list.txt").write_text("\x1b[31m" + "y" * 10 ** 6 + "\n")

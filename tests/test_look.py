@@ -1,9 +1,12 @@
 """Own videos: windows over time, the command line of `eval.py --video`, its JSON, bad files among good ones."""
 
 import dataclasses
+import inspect
 import json
 import os
 import re
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 import torch
 from helpers import MERGES, SHARED, shared_weights
 from PIL import Image
-from test_eval import evaluate
+from test_eval import ROOT, evaluate
 from test_video import VIDEOS, write_video
 
 import data
@@ -161,7 +164,7 @@ def test_windows_as_lines_json_and_a_strip(world, long, tuned, tmp_path, capsys)
     (again,) = json.loads(captured.out)
     for one, other in zip(record["windows"], again["windows"]):
         assert one["classes"] == pytest.approx(other["classes"], abs=2e-6)
-    assert captured.err.splitlines()[0] == str(long)  # the table is there too
+    assert captured.err.splitlines()[2] == str(long)  # the table is there too
 
 
 def test_a_folder_with_a_broken_video_among_good_ones(world, tmp_path, capsys):
@@ -205,7 +208,7 @@ def test_a_strip_of_many_windows_shows_all_of_the_time(world, tmp_path, monkeypa
     assert evaluate("--video", tmp_path / "long.mp4", "--classes", NAMES, "--clip", world / "clip.pt", "--every", "0.5",
                     "--picture", tmp_path / "p.png") == 0
     duration = 700 / 8
-    minutes = [words.split(":") for _, words in shown[1:9]]
+    minutes = [words.split(":") for _, words in shown[2:10]]
     times = [60 * int(minute) + float(second) for minute, second in minutes]
     np.testing.assert_allclose(times, (np.arange(8) + 0.5) / 8 * duration, atol=duration / 32)
 
@@ -235,18 +238,103 @@ def test_hundreds_of_classes_cost_one_text_pass(world, long, tuned, tmp_path, mo
     assert len(calls) == 1 and len(capsys.readouterr().out.splitlines()) == 11
 
 
-def test_classes_from_words_and_files(tmp_path):
+def test_classes_from_words_and_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "names.txt").write_text("a dog\n\nriding, fast\na dog\n")
     (tmp_path / "names.json").write_text('{"1": "b", "0": "a: as it is described, at length"}')
-    assert evaluation.named_classes(str(tmp_path / "names.txt")) == ["a dog", "riding, fast"]
-    assert evaluation.named_classes(str(tmp_path / "names.json")) == ["a: as it is described, at length", "b"]
-    assert evaluation.named_classes("a man runs across a field") == ["a man runs across a field"]
-    assert len(evaluation.named_classes(",".join(map(str, range(400))))) == 400  # too long for a file's name
-    for words in (" , ", ""):
-        with pytest.raises(ValueError, match="--classes"):
-            evaluation.named_classes(words)
-    with pytest.raises(ValueError, match="absent.txt"):
-        evaluation.named_classes(str(tmp_path / "absent.txt"))
+    (tmp_path / "classInd.txt").write_bytes(b"1 ApplyEyeMakeup\r\n2 Archery\r\n3 Baby Crawling\r\n")
+    (tmp_path / "plain").write_text("a\nb\n")
+    for words, names in (
+            (["names.txt"], ["a dog", "riding, fast"]), (["names.json"], ["a: as it is described, at length", "b"]),
+            (["classInd.txt"], ["ApplyEyeMakeup", "Archery", "Baby Crawling"]), (["plain"], ["a", "b"]),
+            (["plain", "c"], ["a", "b", "c"]), (["a man runs across a field"], ["a man runs across a field"]),
+            (["a, b,c,a"], ["a", "b", "c"]), (["a, b", "c"], ["a, b", "c"]), (["red", "blue"], ["red", "blue"]),
+            (["red", "to", "blue,", "blue", "to", "red"], ["red to blue", "blue to red"]),  # quotes were forgotten
+            (["sit/stand"], ["sit/stand"]), (["node.js,"], ["node.js"])):
+        assert evaluation.named_classes(words) == names
+    assert len(evaluation.named_classes([",".join(map(str, range(400)))])) == 400  # too long for a file's name
+    for word, said in ((" , ", "--classes"), ("absent.txt", "absent.txt"), (str(tmp_path), "no such file"),
+                       (str(tmp_path / "nmes"), "no such file"), ("names.tsv", "no such file"), ("/dev/null", "no such file")):
+        with pytest.raises(ValueError, match=said):
+            evaluation.named_classes([word])
+
+
+def test_a_checkpoint_knows_its_classes_and_words(world, long, tuned, capsys):
+    assert evaluate("--video", long, "--checkpoint", tuned) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1:] == ["  1.000  a"] or "a (cosine similarity)" in out
+    assert "warning" not in err and "TC-CLIP on cpu, fp32; 1x1 views of 8 frames, 32 pixels" in err
+    assert evaluate("--video", long, "--checkpoint", tuned, "--classes", "tai chi, a") == 0
+    warning = capsys.readouterr().err.splitlines()[0]
+    assert warning.startswith("warning: ") and "never trained on words such as chi, tai: " in warning
+
+
+def test_top_k_and_several_classes(world, long, capsys):
+    words = "--video", long, "--classes", "red to blue", "a dog, running", "cat", "--clip", world / "clip.pt"
+    assert evaluate(*words, "--top", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert evaluate(*words, "--every", "1s", "--top", "1") == 0
+    assert all(len(line.split("  ")) == 3 for line in capsys.readouterr().out.splitlines()[1:])
+
+
+def test_features_of_videos_and_windows(world, long, tmp_path, capsys):
+    """What is written is encode_video, averaged over the views, and can be read without pickles."""
+    model = FramePool(load_clip(world / "clip.pt")).eval()
+    words = "--video", long, data.videos_below(world / "base")[0], "--clip", world / "clip.pt", "--features", tmp_path / "f.npz"
+    assert evaluate(*words) == 0
+    with np.load(tmp_path / "f.npz") as file:
+        assert list(file["names"]) == ["long.mp4", "000.mp4"] and file["paths"][0] == str(long)
+        assert not file["normalised"] and file["features"].dtype == np.float32 and np.isnan(file["end"]).all()
+        with torch.no_grad():
+            views = data.read_test(long, evaluation.eval_views(evaluation.VANILLA, model))
+            expected = model.encode_video(data.normalise(views, "clip")).mean(0)
+        np.testing.assert_allclose(file["features"][0], expected, atol=1e-5)
+    assert evaluate(*words, "--every", "1s", "--classes", "a,b", "--batch", "2") == 0
+    assert "0:02-0:02.5" in capsys.readouterr().out
+    with np.load(tmp_path / "f.npz") as file:
+        assert file["start"].tolist() == [0, 1, 2, 0] and file["end"].tolist() == [1, 2, 2.5, 1]
+        assert file["features"].shape == (4, 128) and list(file["names"]) == ["long.mp4"] * 3 + ["000.mp4"]
+
+
+@pytest.mark.skipif("stride" not in inspect.signature(data.read_windows).parameters, reason="windows cannot overlap yet")
+def test_windows_that_overlap(world, long, tmp_path, capsys):
+    words = "--video", long, "--classes", NAMES, "--clip", world / "clip.pt", "--every", "1s"
+    assert evaluate(*words, "--stride", "500ms", "--json", tmp_path / "a.json", "--picture", tmp_path / "a.png") == 0
+    windows = json.loads((tmp_path / "a.json").read_text())[0]["windows"]
+    assert [(w["start"], w["end"]) for w in windows] == [(0, 1), (0.5, 1.5), (1, 2), (1.5, 2.5), (2, 2.5)]
+    assert evaluate(*words, "--json", tmp_path / "b.json") == 0
+    alone = json.loads((tmp_path / "b.json").read_text())[0]["windows"]
+    for one, other in zip(windows[::2], alone):
+        assert one["classes"] == pytest.approx(other["classes"], abs=2e-6)
+
+
+def test_a_picture_of_each_video_of_a_folder(world, tmp_path):
+    words = "--classes", NAMES, "--clip", world / "clip.pt", "--picture", tmp_path / "pictures"
+    first, second = (world / "base" / name for name in ("red to blue", "blue to red"))
+    assert evaluate("--video", first, second, *words) == 0
+    expected = {f"{folder}-{name}.png" for folder in ("red to blue", "blue to red") for name in ("000", "000r")}
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == expected
+    assert evaluate("--video", first, *words, "--every", "1s") == 0
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == expected | {"000.png", "000r.png"}
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_the_bar_over_many_videos_can_be_left_out(world, disabled):
+    settings = os.environ | {"OMP_NUM_THREADS": "1"} | ({"TQDM_DISABLE": "1"} if disabled else {})
+    done = subprocess.run([sys.executable, str(ROOT / "eval.py"), "--video", str(world / "novel" / "red to cyan"),
+                           data.videos_below(world / "base")[0], "--classes", "a,b", "--clip", str(world / "clip.pt")],
+                          text=True, capture_output=True, env=settings)
+    assert done.returncode == 0 and ("videos: " in done.stderr) != disabled, done.stderr
+
+
+def test_files_that_are_no_known_videos_are_told(world, tmp_path, capsys):
+    (tmp_path / "a.mp4").write_bytes(Path(data.videos_below(world / "base")[0]).read_bytes())
+    (tmp_path / "notes.docx").write_text("x")
+    (tmp_path / "B.MTS").write_bytes((tmp_path / "a.mp4").read_bytes())
+    assert evaluate("--check", tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert "0 of 2 videos" in out and "notes.docx" in err
 
 
 @pytest.mark.parametrize("words, value", [("2s", 2), ("2", 2), ("500ms", 0.5), (".5", 0.5), ("1.5min", 90)])

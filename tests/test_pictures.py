@@ -98,6 +98,7 @@ def test_a_strip_has_a_band_for_each_class_as_high_as_its_value(tmp_path, words)
         for value, colour in zip(values, (BLUE, ORANGE)):
             assert abs((column == np.array(colour)).all(-1).sum() - 50 * value) <= 1.5
     drawn = [word for word, _ in words]
+    assert drawn.pop(1) == evaluation.STRIP_LEGEND
     assert drawn[:4] == ["a.mp4", "0:00", "0:02", "0:08"] and drawn[-5:] == ["0:00", "0:02.2", "0:04.5", "0:06.8", "0:09"]
     assert {"max 0.90", "max 1.00", "red to blue"} <= set(drawn)
     evaluation.draw_strip(tmp_path / "one.png", "a", [(0, 2, np.array([0.2])), (2, 4, np.array([0.1]))], ["a"], frames)
@@ -111,11 +112,39 @@ def test_a_strip_shows_six_of_many_classes_and_eight_of_many_windows(tmp_path, w
     frames = [(i, torch.zeros(3, 32, 32, dtype=torch.uint8)) for i in range(0, 3000, 50)]
     evaluation.draw_strip(tmp_path / "strip.png", "a.mp4", windows, [f"class {i}" for i in range(50)], frames)
     best = np.argsort(-np.max([values for *_, values in windows], axis=0))[:6]
-    assert sorted(word for word, _ in words if word.startswith("class")) == sorted(f"class {i}" for i in best)
+    assert sorted(word for word, _ in words if word.startswith("class ")) == sorted(f"class {i}" for i in best)
     assert len([word for word, _ in words if ":" in word]) == 8 + 5 and "50:00" in dict(words)
 
 
 # ---- confusion and reversal ------------------------------------------------------------------------------------------
+
+def test_windows_that_overlap_end_where_the_next_begins(tmp_path):
+    windows = [(0, 2, np.array([1, 0.0])), (1, 3, np.array([0.5, 0.5])), (2, 4, np.array([0, 1.0]))]
+    frames = [(0, torch.zeros(3, 32, 32, dtype=torch.uint8))]
+    evaluation.draw_strip(tmp_path / "a.png", "a", windows, ["a", "b"], frames)
+    image = pixels(tmp_path / "a.png")[110 + 240:]
+    for seconds, height in ((0.5, 50), (1.5, 25), (3, 0)):
+        assert abs(area(image[:64, int(330 + 1190 * seconds / 4)], BLUE) - height) <= 1.5
+
+
+def test_the_curve_over_weights_has_round_ticks(tmp_path, words):
+    evaluation.draw_ensembles([(0, 0.521), (0.5, 0.632), (1, 0.587)], tmp_path / "w.png")
+    ticks = [float(word) for word, _ in words if word.replace(".", "").isdigit()]
+    assert ticks == [0.5, 0.55, 0.6, 0.65, 0.7]
+    image = pixels(tmp_path / "w.png")
+    for w, top1 in ((0, 0.521), (0.5, 0.632), (1, 0.587)):
+        x, y = 70 + 390 * w, 60 + 290 * (1 - (top1 - 0.5) / 0.2)
+        assert area(image[int(y) - 4:int(y) + 5, int(x) - 4:int(x) + 5], BLUE) > 30
+    for points in ([(0, 0.0), (1, 1.0)], [(0, 1.0), (1, 1.0)], [(0.7, 0.0)]):
+        evaluation.draw_ensembles(points, tmp_path / "w.png")
+
+
+def test_a_clip_has_its_name_and_times(tmp_path, words):
+    model = FramePool(tiny_clip()).eval()
+    evaluation.draw_clip(model, clip_of(), tmp_path / "a.png", ["a"], [1.0], name="a.mp4", times=[i / 2 for i in range(8)])
+    drawn = [word for word, _ in words]
+    assert "a.mp4" in drawn and "1:  0:00" in drawn and "8:  0:03.5" in drawn
+
 
 def test_confusion_is_drawn_where_it_is(tmp_path, words):
     probabilities = np.eye(4, dtype=np.float32)[[0, 0, 2, 2, 2, 3, 3]]
@@ -125,11 +154,12 @@ def test_confusion_is_drawn_where_it_is(tmp_path, words):
     drawn = [word for word, _ in words]
     assert "2 of 2:  walk  ->  ride" in drawn and sum("->" in word for word in drawn) == 1
     assert drawn.count("run") == drawn.count("walk") == 2 and "top-1 57.1%" in drawn[0]
+    assert [word for word in drawn if word.isdigit()] == ["2", "2", "1", "1"]  # videos in each cell
     image, cell = pixels(tmp_path / "c.png"), 36
     left, top = 20 + 250, 70 + 250  # the longest name has its full room
     for row in range(4):
         for column in range(4):
-            middle = image[top + cell * row + 18, left + cell * column + 18]
+            middle = image[top + cell * row + 4, left + cell * column + 4]  # beside the number
             expected = BLUE if row == column != 1 else ORANGE if (row, column) == (1, 2) else evaluation.PAPER
             assert tuple(middle) == expected, (row, column)
 
