@@ -13,6 +13,7 @@ Letters: B videos, n tokens, k groups, r pairs merged in one round, D width.
 
 import contextlib
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -126,11 +127,10 @@ def random(tokens, k, step):
     The same draw for all videos and in all calls [ours], so that results can be repeated.
     """
     B, n, _ = tokens.shape
-    rng = torch.Generator().manual_seed(n)
-    order = torch.randperm(n, generator=rng)
-    other = torch.randint(k, (n,), generator=rng)
-    group = torch.where(order < k, order, other)  # k tokens make sure that no group is empty
-    return group.to(tokens.device, non_blocking=True).expand(B, -1)
+    rng = np.random.default_rng(n)
+    order, other = rng.permutation(n), rng.integers(k, size=n)
+    group = np.where(order < k, order, other)  # k tokens make sure that no group is empty
+    return torch.from_numpy(group).to(tokens.device, non_blocking=True).expand(B, -1)
 
 
 def squared_distance(a, b):
@@ -185,7 +185,8 @@ def dpc_knn(tokens, k, step, neighbours=5):
     largest = distance.amax(dim=(1, 2), keepdim=True)
     separation = distance.where(is_denser, largest).amin(dim=-1)  # (B,n)
     centres = (density * separation).topk(k).indices  # (B,k)
-    to_centres = squared_distance(tokens, tokens.take_along_dim(centres[..., None], dim=1))
+    rows = centres[..., None].expand(-1, -1, D)
+    to_centres = squared_distance(tokens, tokens.gather(1, rows))  # (B,n,k)
     return place_centres(to_centres.argmin(dim=-1), centres)
 
 

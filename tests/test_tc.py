@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from clip_vit import FramePool, PoolConfig, load_clip
 from temporal_context import CHOICES, Seen, biased_attention, reference_kv, seed_scores
-from video_prompt import TCCLIP, TCConfig, load_released
+from video_prompt import TCCLIP, TCConfig, load_released, released_config
 
 NAMES = ["red to blue", "green_to_cyan", "OneTwo", "x"]
 
@@ -185,6 +185,45 @@ def test_only_the_contexts_that_the_text_reads_are_projected():
     assert set(contexts) == {1, blocks - 1} and set(summaries) == set(range(blocks))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, dict(prompt_blocks=(0, 1), context_blocks=(-1, 1))], ids=str)
+def test_names_and_videos_are_embedded_as_the_model_compares_them(settings):
+    model, video = make(**settings).eval(), clips()
+    other = ["a", "a much longer name", "green"]
+    text, feature = model.encode_names(other, video), model.encode_video(video)
+    logits = model(video)[0]
+    assert text.shape == (2, 3, 128) and feature.shape == (2, 128)
+    assert torch.equal(model(video)[0], logits)  # the classes that were set are still there
+    model.set_classes(other)
+    cosine = torch.einsum("bce,be->bc", F.normalize(text, dim=-1), F.normalize(feature, dim=-1))
+    torch.testing.assert_close(model.clip.logit_scale.exp() * cosine, model(video)[0], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_names_without_a_video_keep_the_learned_vectors():
+    model, learned = make().eval(), make(prompting="learned").eval()
+    learned.vectors.copy_(model.vectors)
+    expected = learned.encode_names(NAMES)
+    assert torch.equal(model.encode_names(NAMES), expected) and expected.shape == (4, 128)
+    assert torch.equal(learned.encode_names(NAMES, clips()), expected)  # here no video is prompted in
+    assert not torch.allclose(model.encode_names(NAMES, clips())[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [
+    dict(positions="joint"), dict(merge="random"), dict(merge="dpc-knn"), dict(merge="kmeans"),
+    dict(reference="neighbour", prompt_blocks=(0,))], ids=str)
+def test_export_with_any_batch(settings):
+    """After a first call, which keeps the class text, torch.export gives a graph of any batch."""
+    clip, video = tiny_clip(vision_layers=2, text_layers=2), clips(5, dtype=torch.float32)
+    model = make(dtype=torch.float32, clip=clip, **settings).eval()
+    model(video)
+    shapes = {"video": {0: torch.export.Dim("batch")}}
+    graph = torch.export.export(model, (video[:2],), dynamic_shapes=shapes).module()
+    for batch in (1, 3, 5):
+        assert torch.equal(graph(video[:batch])[0], model(video[:batch])[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_precisions(dtype):
     model, exact = make(dtype=dtype), make()
@@ -244,7 +283,10 @@ def test_every_ablation_trains(settings):
     (dict(reference="everything"), "context, class, neighbour, all, none"), (dict(merge="mean"), "dpc-knn"),
     (dict(positions="time"), "joint"), (dict(seed_ratio=0.0), "seed_ratio"),
     (dict(seed_ratio=float("nan")), "seed_ratio"), (dict(reference_blocks=(0,)), "block 0"),
-    (dict(context_tokens=0), "context_tokens"), (dict(prompt_blocks=(0, 1)), "pair up")])
+    (dict(context_tokens=0), "context_tokens"), (dict(prompt_blocks=(0, 1)), "pair up"),
+    (dict(seed_ratio=0.05), "seed_ratio 0.05 makes no seed of 16 patches"),
+    (dict(reference_blocks=(1, 4)), "blocks 0 to 3"), (dict(context_blocks=(-5,)), "context_blocks"),
+    (dict(prompt_blocks=(-1, 2), context_blocks=(1, 2)), "name a block twice")])
 def test_wrong_settings_say_what_is_right(settings, words):
     with pytest.raises(ValueError, match=words):
         make(**settings)
@@ -406,3 +448,35 @@ def test_released_errors_list_the_keys():
         load_released(model, {k: v for k, v in state.items() if k != lost})
     with pytest.raises(ValueError, match="image_encoder_extra"):
         load_released(model, state | {"image_encoder_extra": np.zeros(2)})
+
+
+def test_released_files_tell_their_config():
+    layout = json.loads((SHARED / "parity" / "released_layouts.json").read_text())
+    for name in ("tc tiny T=4", "tc ViT-B/16 T=8"):
+        state = {f"module.{key}": np.zeros(shape) for key, shape in layout[name].items()}
+        assert released_config(state) == TCConfig()
+    state = {key: np.zeros(shape) for key, shape in layout["tc tiny T=4"].items()}
+    suffix, positions = "prompt_learner.token_suffix", "image_encoder.positional_embedding"
+
+    def config(**changes):
+        return released_config(state | changes)
+    assert config(**{suffix: np.zeros((5, 72, 512))}) == TCConfig(text_length=77)
+    assert released_config({key: value for key, value in state.items() if key != suffix}) == TCConfig()
+    for T, N in ((4, 197), (16, 197), (8, 50), (16, 257), (32, 577), (5, 197)):
+        for shape in ((T, N, 128), (1, T * N, 128), (T * N, 128)):
+            assert config(**{positions: np.zeros(shape)}) == TCConfig(positions="joint", frames=T)
+        assert config(**{positions: np.zeros((N, 128))}) == TCConfig()
+    with pytest.raises(ValueError, match="103 rows"):
+        config(**{positions: np.zeros((103, 128))})
+    layers = {key.replace("layer.0.", "layer.1."): value for key, value in state.items() if "layer.0." in key}
+    assert config(**layers) == TCConfig(prompt_blocks=(0, 1), context_blocks=(0, 1))
+    third = {"text_encoder.transformer.resblocks.2.ln_1.bias": np.zeros(512)}
+    with pytest.raises(ValueError, match="set prompt_blocks and context_blocks"):
+        config(**layers, **third)
+    given = dict(prompt_blocks=(0, 2), context_blocks=(0, 2))
+    assert released_config(state | layers | third, **given) == TCConfig(**given)
+    tables = [key for key in state if key.endswith("local_global_bias_table")]
+    fewer = {key: value for key, value in state.items() if key not in tables}
+    assert released_config(fewer) == TCConfig(local_global_bias=False)
+    fewer[tables[-1]] = state[tables[-1]]
+    assert released_config(fewer) == TCConfig(reference_blocks=(2,))
