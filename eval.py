@@ -371,6 +371,27 @@ PAPERS = {
     "supervised ila k400 ViT-B/32 16": {"top-1": 82.4},
     "supervised ila k400 ViT-B/16 8": {"top-1": 84.0},
     "supervised ila k400 ViT-B/16 16": {"top-1": 85.7},
+    "supervised ila k400 ViT-B/32 8 align=first": {"top-1": 80.7},  # Table 6
+    "supervised ila k400 ViT-B/32 8 align=middle": {"top-1": 80.8},
+    "supervised ila k400 ViT-B/32 8 blocks=1-3": {"top-1": 80.4},  # Table 7
+    "supervised ila k400 ViT-B/32 8 blocks=4-6": {"top-1": 80.5},
+    "supervised ila k400 ViT-B/32 8 blocks=7-9": {"top-1": 80.4},
+    "supervised ila k400 ViT-B/32 8 blocks=10-12": {"top-1": 80.3},
+    "supervised ila k400 ViT-B/32 8 operator=window": {"top-1": 80.8},  # Table 8
+    "supervised ila k400 ViT-B/32 8 use=add": {"top-1": 80.2},  # Table 9
+    "supervised ila k400 ViT-B/32 8 use=concat": {"top-1": 80.6},
+    "supervised ila k400 ViT-B/32 8 rival=none": {"top-1": 79.8},  # Table 4
+    "supervised ila k400 ViT-B/32 8 rival=xclip": {"top-1": 80.4},
+    "supervised ila k400 ViT-B/32 8 rival=divided": {"top-1": 80.6},
+    "supervised ila k400 ViT-B/32 8 rival=shift": {"top-1": 80.1},
+    "supervised ila k400 ViT-B/32 8 rival=hungarian": {"top-1": 81.0},
+    "supervised ila k400 ViT-B/32 8 rival=average": {"top-1": 80.4},
+    "supervised ila k400 ViT-B/32 8 video_prompt=False": {"top-1": 80.8},  # Table 11
+    "supervised ila k400 ViT-B/16 8 rival=none host=evl": {"top-1": 82.9},  # Table 3
+    "supervised ila k400 ViT-B/16 8 host=evl": {"top-1": 83.5},
+    "supervised ila k400 ViT 8 rival=divided host=timesformer": {"top-1": 78.0},
+    "supervised ila k400 ViT 8 host=timesformer": {"top-1": 79.8},
+    "supervised ila k400 ViT 32 finetune=True": {"top-1": 83.3},  # Table 10
     "supervised ila k400 ViT-L/14 8": {"top-1": 88.0},
     "supervised ila k400 ViT-L/14@336px 16": {"top-1": 88.7},
     "supervised ila ssv2 ViT-B/16 8": {"top-1": 65.0},

@@ -60,7 +60,8 @@ CHOICES = {
     "sampling": tuple(data.SAMPLERS),
     "pixels": tuple(data.MEANS),
     "crops": (1, 3),
-    "schedule": ("released", "continuous"),
+    "optimizer": ("adamw", "sgd"),
+    "schedule": ("released", "continuous", "steps"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
 }
 COUNTS = ("shots", "frames", "clips", "epochs", "micro_batch", "eval_every", "save_every")
@@ -128,13 +129,15 @@ class Recipe:
     lr_min: float = knob(8e-8, "rate at the end")
     new_lr: float = knob(10.0, "times lr, for the modules that CLIP lacks")
     position_lr: float = knob(1.0, "times lr, for temporal position embeddings")
-    schedule: str = knob("released", "or continuous, without its jump at the end of warm-up")
+    schedule: str = knob("released", "or continuous, without its jump at the end of warm-up; or "
+                         "steps: x 0.1 after 11 and after 14 of 15 parts of the run")
+    optimizer: str = knob("adamw", "adamw, or sgd with momentum 0.9")
     drop_last: bool = knob(True, "leave out an epoch's last incomplete step [released]")
     batch: int = knob(
         256, "videos per step, over all processes; 0: an eighth of all, but 4 to 64")
     micro_batch: int = knob(
         8, "videos per forward pass, even; costs memory; only batch norm sees it")
-    weight_decay: float = knob(0.001, "of AdamW")
+    weight_decay: float = knob(0.001, "of the optimiser")
     position_decay: float = knob(0.001, "the same, for temporal position embeddings")
     clip_grad: float = knob(0.0, "largest gradient norm; 0: no limit")
     precision: str = knob("auto", "fp32, bf16, fp16; auto: bf16 or fp16 on a GPU, fp32 on a CPU")
@@ -213,6 +216,16 @@ DATASET_RECIPES = {  # and on one dataset: (protocol, method, dataset)
         weight_decay=0.01, position_decay=0.01, smoothing=0.0, mixup=0.0, cutmix=0.0,
         sampling="uniform", model={"num_classes": 174}),
 }
+ONE_HOT = dict(smoothing=0.0, mixup=0.0, cutmix=0.0)
+HOST_RECIPES = {  # of ILA in another host, with and without alignment: its own [released]
+    "evl": ONE_HOT | dict(  # 50 000 steps of 256 videos
+        epochs=53, warmup_epochs=0.0, lr=4e-4, lr_min=0.0, new_lr=1.0, position_lr=1.0, batch=256,
+        weight_decay=0.05, position_decay=0.05, pixels="clip", clips=3, crops=1),
+    "timesformer": ONE_HOT | dict(
+        epochs=15, warmup_epochs=0.0, lr=0.005, lr_min=0.0, new_lr=1.0, position_lr=1.0, batch=8,
+        weight_decay=1e-4, position_decay=1e-4, optimizer="sgd", schedule="steps", jitter=0.0,
+        grey=0.0, sampling="uniform", pixels="slowfast", clips=1, crops=3),
+}
 FOLDER = dict(  # [ours] few videos of one's own: enough updates, at a rate that learns
     epochs=50, warmup_epochs=5.0, lr=1e-5, lr_min=1e-7, batch=0, schedule="continuous",
     drop_last=False, clips=2, crops=1)
@@ -232,12 +245,17 @@ TEMPORAL_POSITIONS = ("positions", "frame_positions", "position")  # last parts 
 def learning_rate(t, total, warmup, peak, lowest, schedule="released"):
     """The rate at time t of `total` steps: a linear warm-up, then a half cosine to `lowest`.
 
-    Both schedules rise from 0 to `peak` over `warmup` steps. "continuous" then falls from the peak.
+    All schedules rise from 0 to `peak` over `warmup` steps. "continuous" then falls from the peak.
+    "steps" stays there and drops to a tenth after 11 and after 14 of 15 parts. [released,
+    TimeSformer]
     [released] "released" runs the cosine over t / total, warm-up included, so that the rate jumps
     down where warm-up ends: to a half if that is half of the run.
     """
     if t < warmup:
         return peak * t / warmup
+    if schedule == "steps":
+        drops = sum(15 * t >= part * total for part in (11, 14))
+        return peak * 0.1 ** drops
     share = t / total
     if schedule == "continuous":
         share = (t - warmup) / (total - warmup)
@@ -245,7 +263,7 @@ def learning_rate(t, total, warmup, peak, lowest, schedule="released"):
 
 
 def parameter_groups(model, recipe):
-    """AdamW's groups: CLIP's weights at lr, temporal positions and new modules at multiples of it.
+    """The optimiser's groups: CLIP's weights at lr, temporal positions and new modules at multiples of it.
 
     [released] local_global_bias counts as CLIP's; vectors, prompt layers and all that ILA adds are
     new. A group's "multiple" is the factor on lr.
@@ -279,14 +297,14 @@ def steps_per_epoch(recipe, count):
 def time_of_step(recipe, step, count):
     """(t, length of an epoch) of optimiser step `step`, counted from 0; `count` videos an epoch.
 
-    "continuous": the middle of the step, t = step + 1/2, in steps.
+    "continuous", "steps": the middle of the step, t = step + 1/2, in steps.
     [released] "released": t is in passes of 16 videos (4 on each of 4 GPUs), of which a step
     accumulates A = batch / 16. An epoch counts those that drop_last leaves out too. The rate is set
     in a step's last pass for the next step: in whole epochs step s runs at t = A s - 1, and only
     the first one has rate 0.
     """
     per_epoch = steps_per_epoch(recipe, count)
-    if recipe.schedule == "continuous":
+    if recipe.schedule != "released":
         return step + 0.5, per_epoch
     A = max(1, recipe.batch / RELEASED_PASS)
     passes = max(count // RELEASED_PASS, A * per_epoch)  # in an epoch
@@ -615,7 +633,10 @@ def start(recipe, folder, train_videos, validation_videos, device):
     check_machine(recipe, device)
     model = data.node_leader_first(lambda: build_start(recipe, train_videos.classes, device))
     groups = parameter_groups(model, recipe)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), eps=1e-8)
+    if recipe.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), eps=1e-8)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     progress = {"step": 0, "sums": [0.0] * 3, "bad": [], "seconds": 0.0, "history": []}
     if (folder / "last.pt").exists():
@@ -760,7 +781,7 @@ def train_epoch(run, bar):
     Returns whether SIGTERM has stopped it.
     """
     recipe, progress = run.recipe, run.progress
-    device = run.model.clip.logit_scale.device
+    device = run.model.clip.visual.class_embedding.device
     epoch = len(progress["history"])
     done = progress["step"] - epoch * run.per_epoch
     run.wrapped.train()
@@ -1324,11 +1345,13 @@ def parse_settings(method, settings):
     return of_run, of_model
 
 
-def table_values(protocol, method, dataset):
-    """The settings that the tables of recipes give a run, "model" among them."""
+def table_values(protocol, method, dataset, host=None):
+    """The settings that the tables of recipes give a run, "model" among them. `host`: ILA's."""
     values = {"model": {}} | PROTOCOL_RECIPES[protocol] | METHOD_RECIPES[method]
     if (protocol, method, dataset) in DATASET_RECIPES:
         values |= DATASET_RECIPES[protocol, method, dataset]
+    if host in HOST_RECIPES and dataset in data.PAGES:  # else few videos, which need their own
+        values |= HOST_RECIPES[host]
     if dataset == "folder":
         values |= FOLDER
     if dataset == "shapes":
@@ -1352,7 +1375,7 @@ def resolve_recipe(protocol, method, dataset, settings=(), defaults=None, **flag
         if overrides.get(name, value) != value:
             raise ValueError(f"--{name} {value} and --set {name}={overrides[name]} contradict each "
                              "other: give one of them")
-    values = table_values(protocol, method, dataset)
+    values = table_values(protocol, method, dataset, model_overrides.get("host"))
     defaults = defaults or {"model": {}}
     model = values["model"] | defaults["model"]
     if overrides.get("probe"):
@@ -1493,13 +1516,24 @@ def rows_of(result):
     return rows
 
 
+# the settings of ILA that have rows of their own in its tables
+ILA_TABLES = ("align", "blocks", "operator", "use", "rival", "host", "finetune", "video_prompt")
+
+
 def paper_row(recipe):
     """(name, {column: [top-1 in %]}) of a recipe's (a dict's) row in its paper, or None.
 
     The zero-shot rows are those of ensembled models.
     """
-    parts = (recipe[name] for name in ("protocol", "method", "dataset", "clip", "frames"))
-    key = " ".join(map(str, parts))
+    settings = recipe["model"]
+    parts = {name: recipe[name] for name in ("protocol", "method", "dataset", "clip", "frames")}
+    if settings.get("finetune") or settings.get("host") == "timesformer":
+        parts["clip"] = "ViT"  # a file of ImageNet-21k weights
+    known = knobs(evaluation.METHODS[recipe["method"]].config)
+    for name in ILA_TABLES:
+        if name in settings and settings[name] != known[name][1]:
+            parts[name] = f"{name}={settings[name]}"
+    key = " ".join(map(str, parts.values()))
     if recipe["labels"] == "llm":
         key += ", LLM names"
     if key not in evaluation.PAPERS or recipe["checkpoint"]:

@@ -12,6 +12,7 @@ from helpers import tiny_clip
 from test_ila import clips, lively, stray
 
 import eval as evaluation
+import train
 from clip_vit import load_clip
 from ila import ILA, EVLLayer, HostedILA, ILAConfig, RecordedBlock, load_released, make_ila, released_clip, released_config
 
@@ -283,6 +284,25 @@ def test_learns_order(kind):
     x, label = batch(40)
     with torch.no_grad():
         assert (model.eval()(x)[0].argmax(dim=1) == label).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind, more", [(kind, []) for kind in KINDS] + [
+    ("TimeSformer", ["optimizer=sgd", "schedule=steps", "clip_grad=0"])])
+def test_one_command(kind, more, world, tmp_path):
+    """train.py trains each on the miniature and tests it on the classes that its head knows; best.pt loads again."""
+    settings = [f"{name}={str(value).lower()}" for name, value in KINDS[kind].items()]
+    words = ["--protocol", "fewshot", "--method", "ila", "--data", str(world), "--out", str(tmp_path / "run"), "--set",
+             "num_classes=20", "shots=1", "epochs=1", "short_side=0", "warmup_epochs=0.5", *settings, *more]
+    resolution = 32
+    if "EVL" not in kind:  # an image ViT in timm's layout
+        make_files.make(FIGURES / "timesformer.json", tmp_path, "float32", ["start.pth"])
+        words += ["--clip", str(tmp_path / "start.pth")]
+        resolution = 64
+    train.main(train.parse_args(words))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["tests"]) == ["base"] and 0 <= results["tests"]["base"]["pairs"] <= 1
+    model, recipe = evaluation.load_model(tmp_path / "run" / "best.pt")
+    assert recipe["model"]["num_classes"] == 20 and model(torch.zeros(1, 8, 3, resolution, resolution))[0].shape == (1, 20)
 
 
 @pytest.mark.parametrize("settings, words", [

@@ -87,6 +87,26 @@ def test_overrides_are_checked():
             train.resolve_recipe("fewshot", "tc", "hmdb51", settings=[wrong])
 
 
+def test_recipes_of_ilas_hosts():
+    """EVL's and TimeSformer's own recipes; in the miniature world ILA's."""
+    evl = train.resolve_recipe("supervised", "ila", "k400", settings=["host=evl", "num_classes=400"])
+    assert (evl.optimizer, evl.lr, evl.lr_min, evl.warmup_epochs, evl.weight_decay) == ("adamw", 4e-4, 0, 0, 0.05)
+    assert (evl.batch, evl.clips, evl.crops, evl.pixels, evl.frames, evl.smoothing) == (256, 3, 1, "clip", 8, 0)
+    assert evl.model == {"host": "evl", "num_classes": 400}
+    assert abs(evl.epochs * (240258 // 256) - 50000) < 500
+    divided = train.resolve_recipe("supervised", "ila", "k400", settings=["host=timesformer", "rival=divided", "num_classes=400", "lr=0.01"])
+    assert (divided.optimizer, divided.lr, divided.weight_decay, divided.batch, divided.epochs) == ("sgd", 0.01, 1e-4, 8, 15)
+    rates = [train.learning_rate(t, 30, 0, 0.005, 0, "steps") for t in (0.5, 21.5, 22.5, 27.5, 28.5)]
+    assert np.allclose(rates, [0.005, 0.005, 5e-4, 5e-4, 5e-5], rtol=1e-12)
+    small = train.resolve_recipe("fewshot", "ila", "shapes", settings=["host=evl", "num_classes=20"])
+    assert (small.optimizer, small.frames, small.batch) == ("adamw", 8, 16)
+    top1 = {settings: train.paper_row(vars(train.resolve_recipe("supervised", "ila", "k400", settings=settings.split(), clip=clip)))
+            for settings, clip in (("num_classes=400 host=evl rival=none", "ViT-B/16"), ("num_classes=400 host=timesformer", "vit.npz"),
+                                   ("frames=32 finetune=true num_classes=400", "vit.npz"), ("rival=shift rival=shift", "ViT-B/32"),
+                                   ("rival=shift", "ViT-B/16"), ("use=mi", "ViT-B/32"))}
+    assert [row and row[1]["top-1"][0] for row in top1.values()] == [82.9, 79.8, 83.3, 80.1, None, 81.3]
+
+
 @given(st.integers(2, 60), st.floats(0.5, 20), st.sampled_from(["released", "continuous"]))
 def test_schedules_rise_then_fall(total, warmup, schedule):
     warmup = min(warmup, total - 1)
