@@ -15,6 +15,7 @@ D width, E joint width, H heads of width d, C classes, L text length, R image si
 """
 
 import contextlib
+import errno
 import gzip
 import html
 import html.entities
@@ -95,8 +96,8 @@ def cached(url, sha256, folder=None):
         torch.hub.download_url_to_file(url, str(target), hash_prefix=sha256)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         flag = "--merges" if url == MERGES_URL else "--clip"
-        raise ValueError(f"cannot download {target.name} ({error!s:.60}): get {url} by hand, then "
-                         f"give {flag} FILE or put it in {folder}") from error
+        raise ValueError(f"cannot download {target.name} ({error!s:.60}): get it by hand from {url} "
+                         f"and give {flag} FILE") from error
     finally:
         socket.setdefaulttimeout(timeout)
     return target
@@ -781,6 +782,9 @@ MOST_LAYERS = 200  # blocks of a tower; the largest CLIP has 48
 DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, RuntimeError,
           TypeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error)  # raised by readers
 
+DAMAGED = "refused: damaged, or no checkpoint ({})"
+MOST_LINE = 290  # characters of a message
+
 # What PickleReader pushes on its stack, by the opcode's name.
 LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE",
             "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING", "BINBYTES",
@@ -799,6 +803,20 @@ ATTACKS = ("os", "posix", "nt", "subprocess", "sys", "shutil", "runpy", "importl
            "builtins.open", "builtins.__import__", "builtins.compile", "__builtin__.eval",
            "__builtin__.exec", "__builtin__.open", "__builtin__.__import__", "__builtin__.compile",
            "__builtin__.execfile")
+
+
+@contextlib.contextmanager
+def naming(source):
+    """A ValueError raised within it begins with the name of what could not be read, in one line."""
+    try:
+        yield
+    except ValueError as error:
+        message, name = " ".join(str(error).split()), str(source)
+        if len(name) > MOST_LINE // 2:
+            name = f"...{name[-MOST_LINE // 2:]}"
+        if name:
+            message = f"{name}: {message}"
+        raise ValueError(message[:MOST_LINE]) from error
 
 
 class Foreign:
@@ -960,7 +978,10 @@ def module_tensors(root):
 def read_archive(archive):
     """The object in a zip archive of torch.save or torch.jit.save; see read_checkpoint."""
     names = archive.namelist()
-    top = next(name for name in names if name.endswith("/data.pkl")).removesuffix("data.pkl")
+    pickles = [name for name in names if name.endswith("/data.pkl")]
+    if not pickles:
+        raise ValueError("an archive without data.pkl")
+    top = pickles[0].removesuffix("data.pkl")
     if f"{top}byteorder" in names and archive.read(f"{top}byteorder") != b"little":
         raise ValueError("its numbers are big-endian")
     storages = {}
@@ -1010,6 +1031,8 @@ def read_safetensors(file, size):
     """{name: tensor} of a .safetensors file: the header's length in 8 bytes, the header in JSON
     {name: {dtype, shape, data_offsets}}, the numbers."""
     length = int.from_bytes(file.read(8), "little")
+    if length > size - 8:
+        raise ValueError("its header is longer than the file")
     header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     tensors, total = {}, 0
@@ -1062,15 +1085,18 @@ def read_checkpoint(path):
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, naming(path):
         try:
             return read_any(file)
         except MemoryError as error:
             raise MemoryError(f"cannot allocate the memory that {path} needs") from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a damaged archive points to a place before the file
+                raise
+            raise ValueError(DAMAGED.format("it points outside itself")) from error
         except DAMAGE as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
-                f"{path}: refused: damaged, or no checkpoint ({reason:.120})") from error
+            raise ValueError(DAMAGED.format(f"{reason:.120}")) from error
 
 
 # ---- weights from disk: where they lie
@@ -1327,16 +1353,6 @@ def open_weights(source):
     if isinstance(told, dict):
         facts = {name: told[name] for name in FACTS if name in told}
     return Weights(str(source), content, facts, path.parent, MOST_SHARED * os.path.getsize(path))
-
-
-@contextlib.contextmanager
-def naming(source):
-    """A ValueError raised within it begins with the name of what could not be read."""
-    try:
-        yield
-    except ValueError as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"{source}: {message:.230}" if source else message) from error
 
 
 def from_ours(state):
