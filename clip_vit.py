@@ -20,6 +20,7 @@ import gzip
 import html
 import html.entities
 import http.client
+import io
 import json
 import math
 import os
@@ -96,8 +97,8 @@ def cached(url, sha256, folder=None):
         torch.hub.download_url_to_file(url, str(target), hash_prefix=sha256)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         flag = "--merges" if url == MERGES_URL else "--clip"
-        raise ValueError(f"cannot download {target.name} ({error!s:.60}): get it by hand from {url} "
-                         f"and give {flag} FILE") from error
+        raise ValueError(f"cannot download {target.name} ({error!s:.60}): get it by hand "
+                         f"from {url} and give {flag} FILE") from error
     finally:
         socket.setdefaulttimeout(timeout)
     return target
@@ -838,7 +839,7 @@ class PickleReader:
         self.stack, self.marks, self.memo = [], [], {}
 
     def read(self, source):
-        """The object in a pickle: bytes, or a file, which is read up to the pickle's end."""
+        """The object in a pickle: bytes, or a BytesIO, which is read up to the pickle's end."""
         for opcode, argument, position in pickletools.genops(source):
             if position > MOST_PICKLE:
                 raise ValueError(f"its pickle has more than {MOST_PICKLE} bytes")
@@ -1015,11 +1016,14 @@ def read_legacy(file, size):
             storages[key] = empty_bytes(nbytes).view(storage_type(kind))
         return storages[key]
 
-    magic, _, _ = [PickleReader().read(file) for _ in range(3)]  # magic, version, machine
+    pickles = io.BytesIO(file.read(MOST_PICKLE))
+    magic, _, _ = [PickleReader().read(pickles) for _ in range(3)]  # magic, version, machine
     if magic != MAGIC:
         raise ValueError("not written by torch.save")
-    content = PickleReader(storage).read(file)
-    for key in PickleReader().read(file):
+    content = PickleReader(storage).read(pickles)
+    keys = PickleReader().read(pickles)
+    file.seek(pickles.tell())
+    for key in keys:
         numbers = storages[key].view(torch.uint8).numpy()
         file.seek(8, os.SEEK_CUR)  # the number of elements once more
         if file.readinto(numbers) != len(numbers):
@@ -1050,8 +1054,14 @@ def read_safetensors(file, size):
     return tensors
 
 
-def read_arrays(file):
+def read_arrays(archive, file):
     """{name: tensor} of a NumPy .npz."""
+    for record in archive.infolist():
+        with archive.open(record) as stored:
+            np.lib.format.read_magic(stored)
+            shape, _, kind = np.lib.format.read_array_header_1_0(stored)
+        if math.prod(shape) * kind.itemsize > record.file_size:
+            raise ValueError(f"{record.filename:.60} is larger than its record")
     with np.load(file, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays}
 
@@ -1072,7 +1082,7 @@ def read_any(file):
         if sum(record.file_size for record in records) > MOST_UNPACKED * size:
             raise ValueError("its records unpack to more than the file can hold")
         if all(record.filename.endswith(".npy") for record in records):
-            return read_arrays(file)
+            return read_arrays(archive, file)
         return read_archive(archive)
 
 
@@ -1449,7 +1459,7 @@ FORMATS = (  # from the most special to CLIP's plain keys, which many others hol
            "config.json", read_hugging_face_config),
     Format("CLIP", "", as_it_is, "open_clip_config.json", read_open_clip_config),
 )
-VIDEO_FORMATS = ("ViFi-CLIP", "TC-CLIP", "ILA", "EVL", "TimeSformer")  # those that eval.load_model reads
+VIDEO_FORMATS = ("ViFi-CLIP", "TC-CLIP", "ILA", "EVL", "TimeSformer")  # eval.load_model reads them
 
 
 def recognise(weights):

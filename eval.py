@@ -70,7 +70,7 @@ METHODS = {
     "tc": Method("TC-CLIP", TCCLIP, TCConfig),
     "ila": Method("ILA", make_ila, ILAConfig),
     "vifi": Method("frame pooling", FramePool, PoolConfig)}
-# How vanilla CLIP sees a video, as a recipe; released video models differ in what RELEASED says.
+# How vanilla CLIP sees a video, as a recipe; the readers of released models say what differs.
 VANILLA = dict(method="vifi", frames=16, sampling="tsn", clips=2, crops=1, pixels="clip",
                short_side=0, clip="ViT-B/16", model={})
 OPENAI_TOWERS = {  # (width, patch, resolution): name
@@ -261,8 +261,8 @@ def load_model(source, clip="ViT-B/16", merges=None, device=None, activation=Non
     names the file.
     """
     weights = open_weights(source)
-    unusable = weights._replace(name=f"{weights.name}: not weights that can be used")
-    with naming(unusable.name):
+    unusable = f"{weights.name}: not weights that can be used" if weights.name else ""
+    with naming(unusable):
         own = isinstance(weights.content, dict) and "recipe" in weights.content
         title = "ours" if own else recognise(weights).title
     facts = {"activation": activation, "head_width": head_width}
@@ -271,7 +271,7 @@ def load_model(source, clip="ViT-B/16", merges=None, device=None, activation=Non
         base = open_weights(clip)
         base = base._replace(facts={"activation": "quick_gelu"} | base.facts)  # as OpenAI's
         base = load_clip(base, merges, **facts)
-    with naming(unusable.name), refusing_odd_content():
+    with naming(unusable), refusing_odd_content():
         if title == "ours":
             model, recipe = read_own(weights, merges)
         elif title in RELEASED:
@@ -750,7 +750,8 @@ def point_columns(model, points, clip, shown, side):
 
 def clip_columns(model, clip, pixels, shown, side):
     """What TC-CLIP or ILA made of a clip in the last block that tells; of other models frames."""
-    video = data.normalise(clip.to(model.clip.visual.class_embedding.device), pixels)[None]  # (1,T,3,R,R)
+    device = model.clip.visual.class_embedding.device
+    video = data.normalise(clip.to(device), pixels)[None]  # (1,T,3,R,R)
     if isinstance(model, TCCLIP):
         summaries = model.vision(model.clip.visual, video)[2]
         if summaries:
