@@ -775,10 +775,20 @@ def train_step(run, loader, micro_batches, videos):
     return sums, errors
 
 
-def train_epoch(run, bar):
+def batches_left(run):
+    """Yields this process's micro-batches from the run's step to the end of its last epoch."""
+    begun, done = divmod(run.progress["step"], run.per_epoch)
+    for epoch in range(begun, run.recipe.epochs):
+        steps = epoch_batches(run.recipe, len(run.training), epoch, *data.rank_and_world())
+        for parts in steps[done:]:
+            yield from parts
+        done = 0
+
+
+def train_epoch(run, loader, bar):
     """The rest of the current epoch, saved on the way and at its end.
 
-    Returns whether SIGTERM has stopped it.
+    loader: an iterator over the batches of batches_left. Returns whether SIGTERM has stopped it.
     """
     recipe, progress = run.recipe, run.progress
     device = run.model.clip.visual.class_embedding.device
@@ -788,8 +798,6 @@ def train_epoch(run, bar):
     if hasattr(run.model, "set_epoch"):
         run.model.set_epoch(epoch)
     steps = epoch_batches(recipe, len(run.training), epoch, *data.rank_and_world())[done:]
-    micro_batches = [part for parts in steps for part in parts]
-    loader = iter(run.training.loader(micro_batches, recipe.workers))
     sums, errors, began = 0, [], time.monotonic()
     with sigterm_noted() as times:
         for i, parts in enumerate(steps, done):
@@ -885,10 +893,11 @@ def train_epochs(run):
     rank, _ = data.rank_and_world()
     progress, epochs = run.progress, run.recipe.epochs
     stopped = False
+    loader = iter(run.training.loader(batches_left(run), run.recipe.workers))
     with data.progress_bar(total=epochs * run.per_epoch, initial=progress["step"],
                            desc=run.recipe.method, unit="step") as bar:
         while len(progress["history"]) < epochs and not stopped:
-            stopped = train_epoch(run, bar)
+            stopped = train_epoch(run, loader, bar)
             if not stopped:
                 finish_epoch(run)
     if not stopped:

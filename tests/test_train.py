@@ -1,9 +1,11 @@
 """Training: recipes, schedule, the order of the data, resuming, many processes, bad videos."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -291,6 +293,129 @@ def test_other_runs_are_not_touched(world, tmp_path):
         run(world, tmp_path / "b")
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["thesis.txt"]
+
+
+def told(words, capsys):
+    """The line in which a command ends."""
+    capsys.readouterr()
+    assert evaluation.run_command(train.main, lambda: train.parse_args(list(map(str, words)))) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert len(line) < 400, line
+    return line
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+import train
+with train.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(world, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    line = told(arguments(world, folder, "epochs=1"), capsys)
+    assert f"process {holder.pid} on {os.uname().nodename} since " in line and "one torchrun per node" in line
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    holder.kill()
+    holder.wait()
+    assert run(world, folder, "epochs=1")["tests"] and not (folder / "lock").exists()
+
+
+@pytest.mark.parametrize("where", ["lockf", "fsync", "open"])
+def test_file_systems_that_cannot_lock_or_flush_a_folder(tmp_path, monkeypatch, where):
+    def unsupported(*arguments, **more):
+        if where == "open" and not Path(arguments[0]).is_dir() or where == "fsync" and not stat.S_ISDIR(
+                os.fstat(arguments[0]).st_mode):
+            return real(*arguments, **more)
+        raise OSError(errno.ENOLCK if where == "lockf" else errno.EINVAL, "not supported")
+    module = train.fcntl if where == "lockf" else os
+    real = getattr(module, where)
+    monkeypatch.setattr(module, where, unsupported)
+    with train.locked(tmp_path):
+        train.save(tmp_path / "last.pt", {"step": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_damage_is_told_by_file_and_nothing_else_is_given_up(world, tmp_path, capsys):
+    folder, words = tmp_path / "run", arguments(world, tmp_path / "run")
+    whole = run(world, folder)
+    for text in ("{}", "[]", "3", "", "[" * 100_000):
+        (folder / "results.json").write_text(text)
+        line = told(words, capsys)
+        assert "results.json is damaged" in line and "delete it, and the same command makes it again" in line
+    (folder / "results.json").unlink()
+    (folder / "recipe.json").unlink()  # follows from last.pt
+    assert run(world, folder)["tests"] == whole["tests"]
+    (folder / "recipe.json").unlink()
+    assert "holds another run (seed is 1024 there" in told([*words, "seed=3"], capsys)
+    (folder / "results.json").unlink()
+    (folder / "best.pt").rename(tmp_path / "best.pt")
+    assert "best.pt is missing: put it back, or copy last.pt there" in told(words, capsys)
+    other = read_checkpoint(tmp_path / "best.pt")
+    train.save(folder / "best.pt", other | {"model": {"clip.logit_scale": torch.zeros(())}})
+    assert "best.pt is of another model" in told(words, capsys)
+    (folder / "best.pt").write_bytes((folder / "last.pt").read_bytes())
+    assert run(world, folder)["epoch"] == 2
+    (folder / "results.json").unlink()
+    kept = (folder / "last.pt").read_bytes()
+    (folder / "last.pt").write_bytes(kept[:len(kept) // 2])
+    line = told(words, capsys)
+    assert "last.pt" in line and "delete it, and the same command trains from the start" in line
+    (folder / "last.pt").unlink()
+    assert run(world, folder)["tests"] == whole["tests"]
+
+
+@pytest.mark.parametrize("change", [
+    {"step": 10**6}, {"step": -1}, {"step": "1"}, {"sums": [0.0, 1.0]}, {"sums": [float("nan"), 0.0, 1.0]}, {"history": [{}]},
+    {"history": 3}, {"seconds": "long"}, {"seconds": -1.0}, {"bad": 4}, {"bad": [3]}, {"history": None}])
+def test_odd_progress_is_refused(world, tmp_path, capsys, change):
+    folder, words = tmp_path / "run", arguments(world, tmp_path / "run", "epochs=1")
+    folder.mkdir()
+    recipe = train.recipes_of(train.parse_args(words), "shapes", world, folder)[folder]
+    videos = data.load_protocol("fewshot", "shapes", world, 4, 1024)[0]
+    run_ = train.start(train.fit_recipe(recipe, 80, torch.device("cpu")), folder, videos, videos, torch.device("cpu"))
+    run_.progress |= change
+    train.save_run(run_)
+    assert "last.pt is not of this run" in told(words, capsys)
+
+
+def test_sigterm_during_an_epochs_last_save_is_heeded(world, tmp_path, monkeypatch):
+    save_run, done = train.save_run, []
+
+    def warned(run):
+        save_run(run)
+        if not done:
+            done.append(os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(train, "save_run", warned)
+    with pytest.raises(SystemExit, match="143"):
+        run(world, tmp_path / "run")
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    run(world, tmp_path / "run")
+    run(world, tmp_path / "whole")
+    one, two = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_second_sigterm_ends_the_process():
+    code = ("import os, signal, time, train\nwith train.sigterm_noted() as times:\n"
+            " os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); assert len(times) == 2; time.sleep(3.1)\n"
+            " print('first', flush=True); os.kill(os.getpid(), 15); print('never')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (143, "first\n"), done.stderr
+
+
+def test_processes_whose_data_differ_stop_at_once(monkeypatch):
+    monkeypatch.setattr(data, "gather", lambda items: [*items, "9 videos of 3 classes, 1234"])
+    with pytest.raises(ValueError, match="process 1 sees other data than process 0: 9 videos"):
+        data.check_same_data("12 videos of 3 classes, 5678")
+    data.check_same_data("9 videos of 3 classes, 1234")
 
 
 # ---- bad videos ------------------------------------------------------------------------------------------------------
