@@ -56,7 +56,7 @@ def interactive_mask(points, grid, delta=None):
     if delta is None:
         offsets = points.new_zeros(1)
     else:
-        offsets = delta * points.new_tensor([-1, 0, 1])
+        offsets = delta * torch.arange(-1, 2, device=points.device)
     p = points.unsqueeze(-1) + offsets  # (...,2,3), or (...,2,1) without delta
     e = torch.linspace(-1, 1, grid, dtype=p.dtype, device=p.device)  # (g,)
     s = e - p.unsqueeze(-1)  # (...,2,3,g)
