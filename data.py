@@ -14,6 +14,7 @@ import hashlib
 import html
 import io
 import json
+import math
 import multiprocessing
 import multiprocessing.queues
 import os
@@ -698,32 +699,64 @@ def decoded_frames(container, stream, codec):
     yield from decode(codec, None) or ()
 
 
-def read_windows(path, seconds, frames, size, short_side, indices=frame_indices):
-    """Yield windows of `seconds`, one after the other: (start, end, uint8 (T, 3, size, size)).
+class Thinned:
+    """Keeps at most `most` of the items that come, evenly spaced, however many will come."""
 
-    start, end: seconds. Of the frames that begin in a window, those at `indices` are taken and
-    centre-cropped; a window in which none begins is left out. The video is decoded once, in order.
-    At most 1024 small frames are in memory: when there are more, every second is dropped.
-    Raises VideoError.
+    def __init__(self, most):
+        self.items, self.most = [], most
+        self.seen, self.stride = 0, 1
+
+    def keeps_next(self):
+        """Whether the next item that is added will be kept, at first."""
+        return self.seen % self.stride == 0
+
+    def add(self, item):
+        if self.keeps_next():
+            self.items.append(item)
+        self.seen += 1
+        if len(self.items) == self.most:
+            self.items, self.stride = self.items[::2], 2 * self.stride
+
+
+def windows_at(time, seconds, stride):
+    """The numbers i of the windows that hold `time`: i stride <= time < i stride + seconds."""
+    rounding = 1e-6  # 0.3 / 0.1 is a little below 3
+    last = math.floor(time / stride + rounding)
+    first = math.floor((time - seconds) / stride + rounding) + 1
+    return range(max(0, first), last + 1)
+
+
+def centre_crop(image, size):
+    """The centre (3, size, size) of an image (3, h, w), copied, so that the rest can be freed."""
+    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+    return image[:, top:top + size, left:left + size].copy()
+
+
+def read_windows(path, seconds, frames, size, short_side, indices=frame_indices, stride=None):
+    """Yield windows of `seconds`, a new one every `stride`: (start, end, uint8 (T, 3, size, size)).
+
+    start, end, stride: seconds; without a stride one window follows the other. Of the frames that
+    begin in a window, those at `indices` are taken and centre-cropped; a window in which none
+    begins is left out. The video is decoded once, in order. At most 1024 small frames of a window
+    are in memory: when there are more, every second is dropped. Raises VideoError.
     """
-    reformatter, kept = VideoReformatter(), []
+    stride = stride or seconds
+    reformatter, windows = VideoReformatter(), {}  # number: the frames so far
     with open_video(path) as opened:
         for time, frame in timed_frames(*opened):
-            number = int(time / seconds + 1e-6)  # 0.3 / 0.1 is a little below 3
-            if kept and (frame is None or number != window):
-                end = min((window + 1) * seconds, time)
+            now = () if frame is None else windows_at(time, seconds, stride)
+            for number in sorted(set(windows) - set(now)):
+                kept = windows.pop(number).items
+                start = number * stride
                 clip = np.stack([kept[i] for i in indices(len(kept), frames)])
-                yield round(window * seconds, 6), round(end, 6), torch.from_numpy(clip)
-                kept = []
-            if not kept:
-                window, seen, stride = number, 0, 1
-            if frame is not None and seen % stride == 0:
-                image = to_image(reformatter, short_side, frame)[0].numpy()  # (3, h, w)
-                top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-                kept.append(image[:, top:top + size, left:left + size].copy())
-            if len(kept) == 1024:
-                kept, stride = kept[::2], 2 * stride
-            seen += 1
+                yield round(start, 6), round(min(start + seconds, time), 6), torch.from_numpy(clip)
+            image = None
+            for number in now:
+                window = windows.setdefault(number, Thinned(1024))
+                if image is None and window.keeps_next():
+                    image = to_image(reformatter, short_side, frame)[0].numpy()  # (3, h, w)
+                    image = centre_crop(image, size)
+                window.add(image)
 
 
 # ---- augmentation --------------------------------------------------------------------------------

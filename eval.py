@@ -802,20 +802,6 @@ def draw_clip(model, clip, path, classes, probabilities, pixels="imagenet", name
 
 # ---- classes over time -----------------------------------------------------------------------
 
-class Thinned:
-    """Keeps at most 64 of the items that are added, evenly spaced, however many will come."""
-
-    def __init__(self):
-        self.items, self.added, self.stride = [], 0, 1
-
-    def add(self, item):
-        if self.added % self.stride == 0:
-            self.items.append(item)
-        self.added += 1
-        if len(self.items) == 64:
-            self.items, self.stride = self.items[::2], 2 * self.stride
-
-
 def frames_over_time(frames, count, last):
     """Of frames [(seconds, (3,R,R))] those on at the middle of `count` equal parts of the time."""
     if len(frames) == count:
@@ -1527,7 +1513,7 @@ def parts_of(path, views, args):
         yield 0.0, None, data.read_test(path, views)
         return
     windows = data.read_windows(path, args.every, views.frames, views.size, views.short_side,
-                                data.SAMPLERS[views.sampling], *([args.stride] if args.stride else []))
+                                data.SAMPLERS[views.sampling], args.stride)
     for start, end, clip in windows:
         yield start, end, clip[None]
 
@@ -1625,7 +1611,7 @@ def classify_video(chosen, path, names, args, picture):
 
     The Windows come without their clips. Raises VideoError.
     """
-    titles, output, windows, frames = titles_of(names), text_output(args), [], Thinned()
+    titles, output, windows, frames = titles_of(names), text_output(args), [], data.Thinned(64)
     for window in read_parts(chosen, path, names, args):
         lines = [] if windows else [data.quoted(path, 300)]
         if args.every:

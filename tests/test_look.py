@@ -1,7 +1,6 @@
 """Own videos: windows over time, the command line of `eval.py --video`, its JSON, bad files among good ones."""
 
 import dataclasses
-import inspect
 import json
 import os
 import re
@@ -297,7 +296,6 @@ def test_features_of_videos_and_windows(world, long, tmp_path, capsys):
         assert file["features"].shape == (4, 128) and list(file["names"]) == ["long.mp4"] * 3 + ["000.mp4"]
 
 
-@pytest.mark.skipif("stride" not in inspect.signature(data.read_windows).parameters, reason="windows cannot overlap yet")
 def test_windows_that_overlap(world, long, tmp_path, capsys):
     words = "--video", long, "--classes", NAMES, "--clip", world / "clip.pt", "--every", "1s"
     assert evaluate(*words, "--stride", "500ms", "--json", tmp_path / "a.json", "--picture", tmp_path / "a.png") == 0
