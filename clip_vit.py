@@ -1062,6 +1062,7 @@ def read_arrays(archive, file):
             shape, _, kind = np.lib.format.read_array_header_1_0(stored)
         if math.prod(shape) * kind.itemsize > record.file_size:
             raise ValueError(f"{record.filename:.60} is larger than its record")
+    file.seek(0)
     with np.load(file, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays}
 

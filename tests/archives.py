@@ -1,16 +1,19 @@
-"""Small imitations of the datasets as their owners distribute them: real formats, layouts and oddities, tiny videos.
+"""Small imitations of what people download: datasets as their owners distribute them, with tiny videos in real formats
+and layouts, and released checkpoints.
 
-Each function fills a folder and returns {set: {video name without suffix: class name}} of the readable videos, with the
+Each function of a dataset fills a folder and returns {set: {video name without suffix: class name}} of the readable videos, with the
 sets "train" and those that `data.load_tests` names. `train` and `test` count videos per class (and split). There are
 names for 10 classes, of k600 for 4.
 """
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import av
 import numpy as np
+import torch
 
 import data
 
@@ -178,3 +181,60 @@ def ssv2(root, classes=3, train=2, test=1, prefix="something-something-v2-"):
     for name, content in {**sets, "labels": labels, "test": [{"id": "3"}]}.items():
         (root / f"{prefix}{name}.json").write_text(json.dumps(content))
     return truth
+
+
+# ---- released checkpoints in their own layouts -------------------------------------------------------------------------
+
+TC_NAMES = (("clip.visual.", "image_encoder."), ("clip.logit_scale", "logit_scale"), ("clip.", "text_encoder."),
+            ("prompt_layers.", "text_encoder.prompt_generation_layer."), ("vectors", "prompt_learner.ctx"),
+            ("vision.local_global_bias.", "image_encoder.transformer.resblocks."))
+ILA_NAMES = ((r"^clip\.", ""), (r"^aligners\.(\d+)\.(?=message|temporal)", r"visual.transformer.resblocks.\1."),
+             (r"^aligners\.(\d+)\.", r"visual.transformer.resblocks.\1.message_attn."),
+             (r"^(video_prompt\.decoder\.\d\.)(?=[qkv]_proj|proj)", r"\1cross_attn."),
+             (r"^frame_positions", "mit.positional_embedding"), (r"^integration\.", "mit.resblocks.0."),
+             (r"^head\.", "mit.classify_head."), (r"^video_prompt\.patch_norm\.", "prompts_visual_ln."),
+             (r"^video_prompt\.patch_proj", "prompts_visual_proj"), (r"^video_prompt\.", "prompts_generator."))
+
+
+def write_released(path, state):
+    torch.save({"model": {f"module.{key}": value for key, value in state.items()}, "epoch": 9}, path)
+
+
+def released_tc(path, model, text_length=77):
+    """A TCCLIP's weights as the authors of TC-CLIP publish theirs."""
+    state = {}
+    for key, value in model.state_dict().items():
+        ours, theirs = next(names for names in TC_NAMES if key.startswith(names[0]))
+        key = theirs + key.removeprefix(ours)
+        if ours.endswith("bias."):
+            key, value = f"{key}.attn.local_global_bias_table", value[:, None]
+        if ".in_proj_" in key and key.startswith("image_encoder."):
+            for part, rows in zip("qkv", value.chunk(3)):
+                state[key.replace(".in_proj_", f".{part}_proj.")] = rows
+        else:
+            state[key] = value
+    state.pop("text_encoder.token_embedding.weight")
+    words, width = state["prompt_learner.ctx"].shape
+    state["prompt_learner.token_suffix"] = torch.zeros(2, text_length - 1 - words, width)
+    write_released(path, state)
+
+
+def released_vifi(path, clip):
+    """A CLIP's weights as the authors of ViFi-CLIP publish theirs."""
+    state = {"prompt_learner.complete_text_embeddings": torch.zeros(2, 77, clip.token_embedding.weight.shape[1])}
+    for key, value in clip.state_dict().items():
+        if key != "token_embedding.weight":
+            part = "" if key == "logit_scale" else "text_encoder."
+            state["image_encoder." + key.removeprefix("visual.") if key.startswith("visual.") else part + key] = value
+    write_released(path, state)
+
+
+def released_ila(path, model):
+    """The weights of an ILA in its released form as its authors publish theirs."""
+    state = {}
+    for key, value in model.state_dict().items():
+        for ours, theirs in ILA_NAMES:
+            key = re.sub(ours, theirs, key)
+        if key != "delta":
+            state[key] = value
+    write_released(path, state)

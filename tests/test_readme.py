@@ -8,15 +8,21 @@ from pathlib import Path
 import archives
 import av
 import pytest
-from helpers import save_clip
+import torch
+from figures import make_files
+from helpers import save_clip, tiny_clip
 
 import bench_speed
 import data
 import eval as evaluation
 import train
+from clip_vit import load_clip
+from ila import ILA, ILAConfig
+from video_prompt import TCCLIP, TCConfig
 
 FILES = "train.py", "eval.py", "tests/bench_speed.py"
 ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ROOT / "tests" / "figures"
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"(?:torchrun [^\n`]*?|python )((?:train|eval|tests/bench_speed)\.py [^\n`#]*[^\s`#])", README)))
 TOY = "epochs=1 batch=32 micro_batch=16 frames=4 short_side=32 clips=1 crops=1 workers=0"
@@ -32,21 +38,38 @@ def home(tmp_path_factory):
     save_clip(home / "clip.pt", context=77)
     miniature(home / "data" / "shapes", None)
     videos = [path for path in data.videos_below(home / "data" / "ucf101")]
-    for name in ("my_videos/walk", "my_videos/run", "folder"):
+    for first, name in enumerate(("my_videos/walk", "my_videos/run", "folder")):
         (home / name).mkdir(parents=True)
-        for i, path in enumerate(videos[:6]):
+        for i, path in enumerate(videos[6 * first:6 * first + 6]):
             (home / name / f"{i}.avi").symlink_to(path)
     for name in ("clip.mp4", "a.mp4", "b.webm", "long.mp4"):
         (home / name).symlink_to(videos[0])
     (home / "classes.txt").write_text("walk\nrun\n")
     kinetics = data.load_tests("k400", home / "data" / "k400")["val"].classes
-    for name, words in (("temporal", kinetics[:1]), ("static", kinetics[1:])):
-        (home / f"{name}.txt").write_text("\n".join(words))
+    for i, name in enumerate(("temporal", "static")):
+        (home / f"{name}.csv").write_text(f"id,name\n0,{kinetics[i]}\n")
+    write_checkpoints(home)
     described = json.dumps({str(i): f"{i}: a person does what class {i} is about" for i in range(2)})
     for dataset, name in (("k400", "kinetics_400_llm_labels"), ("hmdb51", "hmdb_51_llm_labels"), ("ucf101", "ucf_101_llm_labels"),
                           *(("k600", f"ZS_split{i}_K600_llm_labels") for i in (1, 2, 3))):
         (home / "data" / dataset / f"{name}.json").write_text(described)
     return home
+
+
+def write_checkpoints(home):
+    """Imitations of the released files that the README names, and an image tower without text."""
+    clip = load_clip(home / "clip.pt")
+    tiny = FIGURES / "vit_in21k.json"
+    (home / "vit.npz").symlink_to(next(path for path in make_files.make(tiny, home / "vit", "float32") if path.suffix == ".npz"))
+    archives.released_tc(home / "tc.pth", TCCLIP(clip, TCConfig(text_length=77)))
+    archives.released_vifi(home / "vifi.pth", clip)
+    large = tiny_clip(resolution=64, patch=16, context=77)
+    archives.released_ila(home / "ila.pth", ILA(large, ILAConfig(frames=4, form="released")))
+    tower = load_clip({key: value for key, value in large.state_dict().items() if key.startswith("visual.")})
+    archives.released_ila(home / "ssv2.pth", ILA(tower, ILAConfig(frames=4, form="released-ssv2", num_classes=10)))
+    for name in set(re.findall(r"--checkpoint (\w+\.pth)", README)):
+        kind = "ssv2" if "ssv2" in name and "ila" in name else name.partition("_")[0]
+        (home / name).symlink_to(home / f"{kind}.pth")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +82,8 @@ def runs(home):
     words = ["--protocol", "fewshot", "--method", "tc", "--data", home / "data" / "shapes", "--out",
              home / "runs" / "shapes-fewshot" / "tc", "--set", "shots=1", *TOY.split(), *OPTIONS["tc"].split()]
     assert train.main(train.parse_args(list(map(str, words)))) == 0
+    (home / "runs" / "my_videos-fewshot" / "tc").mkdir(parents=True)
+    (home / "runs" / "my_videos-fewshot" / "tc" / "best.pt").symlink_to(home / "runs" / "k400" / "best.pt")
     return home / "runs"
 
 
@@ -74,15 +99,18 @@ def test_every_command_runs(home, runs, monkeypatch, capsys, command):
     monkeypatch.chdir(home)
     monkeypatch.setattr(bench_speed, "memory_of", lambda variant, args: 1.0)  # a process each; tested in test_bench.py
     script, *words = shlex.split(command)
+    words = ["clip.pt" if word.startswith("ViT-") else word for word in words]
     words = [f"{word}-{COMMANDS.index(command)}" if before == "--out" else word for before, word in zip(["", *words], words)]
+    words = ["num_classes=2" if word.startswith("num_classes=") else word for word in words]
     if "--dataset" in words or script != "train.py":
-        words += ["--clip", "clip.pt"] if "--check" not in words and "--help" not in words else []
+        words += ["--clip", "clip.pt"] if not {"--check", "--help", "--clip"} & set(words) else []
     else:  # the miniature world
         monkeypatch.setattr(train, "prepare_miniature", miniature)
     if script == "train.py" and "--help" not in words:
         method = words[words.index("--method") + 1] if "--method" in words else "tc"
         own = {word.partition("=")[0] for word in words}
-        toy = [word for word in f"{TOY} {OPTIONS[method]} num_classes=2 shots=1".split()
+        toy = TOY.replace("short_side=32", "short_side=64") if "vit.npz" in words else TOY
+        toy = [word for word in f"{toy} {OPTIONS[method]} num_classes=2 shots=1".split()
                if word.partition("=")[0] not in own and not ("num_classes" in word and (method != "ila" or "ssv2" not in words
                                                                                        or "probe=true" in words))]
         words += ["--set", *toy]
@@ -100,8 +128,14 @@ def test_every_command_runs(home, runs, monkeypatch, capsys, command):
 
 def test_the_python_in_it_runs(home, runs, monkeypatch, capsys):
     monkeypatch.chdir(home)
-    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], {})
-    assert re.match(r"tensor\(\[0\.\d+, 0\.\d+\]", capsys.readouterr().out)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)
+    printed = capsys.readouterr().out
+    assert re.match(r"tensor\(\[\[0\.\d+, 0\.\d+\],", printed) and "nearest to the sentence: data/shapes" in printed
+    program = torch.export.load(home / "model.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(names["video"][:1])[0], names["logits"][:1])
 
 
 def miniature(root, device):
