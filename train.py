@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import hashlib
 import itertools
 import json
 import math
@@ -356,40 +355,8 @@ DAMAGED_LAST = "delete it, and the same command trains from the start"
 INSTEAD_OF_BEST = "or copy last.pt there, and the last epoch is tested in place of the best one"
 
 
-def write_atomically(path, write):
-    """Calls write(file) on a temporary file, which then takes the place of `path`, whole.
-
-    Raises OSError that names `path` if the disk is full or the folder is not writable.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        reason = " ".join(str(error).split())
-        raise OSError(
-            f"{path} cannot be written ({reason:.160}) and stays as it was: make room, or give the "
-            "right to write, and the same command goes on") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    flush_folder(path.parent)
-
-
-def flush_folder(folder):
-    """Puts new names in a folder on the disk now, where the file system can do that."""
-    with contextlib.suppress(OSError):  # some network shares and Windows cannot; the file is whole
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def save(path, content):
-    write_atomically(path, lambda file: torch.save(content, file))
+    evaluation.write_atomically(path, lambda file: torch.save(content, file))
 
 
 def read_state(path, advice):
@@ -403,13 +370,8 @@ def read_state(path, advice):
         raise ValueError(f"{error}: {advice}") from error
 
 
-def save_json(path, content):
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 def read_json(path, names, advice):
-    """The dict that save_json wrote. Raises ValueError, with the advice, if it lacks one of `names`."""
+    """The dict in a JSON file. Raises ValueError, with the advice, if it lacks one of `names`."""
     try:
         content = json.loads(path.read_text())
         missing = [name for name in names if name not in content]
@@ -418,17 +380,6 @@ def read_json(path, names, advice):
         return content
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!s:.100}): {advice}") from error
-
-
-def describe_data(train_videos, tests):
-    """A line that differs if a run's classes or videos do, wherever these lie."""
-    sets = []
-    for videos in (train_videos, *tests.values()):
-        names = [os.path.basename(path) for path in videos.paths]
-        sets.append([list(videos.classes), names, [int(label) for label in videos.labels]])
-    digest = hashlib.sha256(json.dumps(sets).encode()).hexdigest()
-    count = f"{len(train_videos.paths)} videos of {len(train_videos.classes)} classes"
-    return f"{count}, {digest[:8]}"
 
 
 @contextlib.contextmanager
@@ -881,7 +832,7 @@ def write_epoch(run, line, keep):
         }
         save(run.folder / "best.pt", best)
     lines = "".join(json.dumps(old) + "\n" for old in history)
-    write_atomically(run.folder / "log.jsonl", lambda file: file.write(lines.encode()))
+    evaluation.write_text(run.folder / "log.jsonl", lines)
     evaluation.draw_curves(history, run.folder / "curves.png")
     if "top1" in line:
         tqdm.write(f"epoch {epoch} of {run.recipe.epochs}: loss {line['loss']:.4f}, "
@@ -1077,7 +1028,7 @@ def run_recipe(recipe, root, folder, device):
     train_videos, tests = data.load_protocol(
         recipe.protocol, recipe.dataset, root, recipe.shots, recipe.seed, recipe.train_list,
         recipe.test_list, recipe.labels, recipe.upstream_labels)
-    described = describe_data(train_videos, tests)
+    described = evaluation.describe_data([train_videos, *tests.values()])
     data.check_same_data(described)  # before anything else: else processes wait for one another
     all_tests = tests
     tests = known_tests(recipe, train_videos, tests)
@@ -1096,7 +1047,7 @@ def run_recipe(recipe, root, folder, device):
             run.drawn = tuple(os.path.relpath(path, root) for path in train_videos.paths)
         rank, _ = data.rank_and_world()
         if rank == 0:  # only now: a start that fails leaves no trace
-            save_json(folder / "recipe.json", described)
+            evaluation.write_json(folder / "recipe.json", described)
             print(announce(recipe, folder, train_videos, tests, device), file=sys.stderr)
             for name in all_tests.keys() - tests.keys():
                 print(f"  not tested: {name}, whose classes the linear head does not know",
@@ -1106,7 +1057,7 @@ def run_recipe(recipe, root, folder, device):
         train_epochs(run)
         results = test_best(run, tests, root) | {"validation": validation}
         if rank == 0:
-            save_json(path, results)
+            evaluation.write_json(path, results)
         return results
 
 
@@ -1617,7 +1568,7 @@ def print_results(results, out):
         print(note)
     if len(results) > 1:
         content = {str(folder.relative_to(out)): result for folder, result in results.items()}
-        save_json(out / "results.json", content)
+        evaluation.write_json(out / "results.json", content)
     print(f"models, curves and results.json are in {out}", file=sys.stderr)
 
 

@@ -262,7 +262,7 @@ def test_a_broken_write_leaves_the_last_good_state(tmp_path):
         file.write(b"half")
         raise OSError("No space left on device")
     with pytest.raises(OSError, match="space"):
-        train.write_atomically(path, write)
+        evaluation.write_atomically(path, write)
     assert read_checkpoint(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
