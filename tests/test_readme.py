@@ -164,3 +164,19 @@ def test_what_the_readme_points_at_is_there():
     for name in re.findall(r"`([a-z_]+)=[^`]*`", README):
         assert name in knobs, name
     assert av.__version__ >= "18.1"
+
+
+def test_every_setting_in_the_tables_of_ablations_is_known():
+    """A cell such as `merge=none` / `random` names a setting and its values."""
+    found = []
+    for protocol, method, dataset, start in (("fewshot", "tc", "hmdb51", "**TC-CLIP's ablations**"),
+                                             ("supervised", "ila", "k400", "**ILA's ablations**")):
+        rows = README.partition(start)[2].partition("\n\n|")[2].partition("\n\n")[0].splitlines()
+        for row in rows:
+            key = None
+            for setting in re.findall(r"`([^`]+)`", row.split("|")[1]):
+                key = setting.partition("=")[0] if "=" in setting else key
+                if key and key != "--set":
+                    found.append(setting if "=" in setting else f"{key}={setting}")
+                    train.resolve_recipe(protocol, method, dataset, [found[-1]])
+    assert len(found) > 30 and "merge=kmeans" in found and "rival=hungarian" in found
