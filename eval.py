@@ -45,8 +45,8 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from clip_vit import (ACTIVATIONS, BYTES, FramePool, PoolConfig, check_fit, load_clip, naming,
-                      open_weights, recognise)
+from clip_vit import (ACTIVATIONS, BYTES, OPENAI_MODELS, FramePool, PoolConfig, check_fit,
+                      load_clip, naming, open_weights, recognise)
 from ila import (FLAT, SLOPE, ILA, HostedILA, ILAConfig, earth_movers_distance, interactive_mask,
                  make_ila)
 from ila import load_released as load_released_ila
@@ -55,7 +55,6 @@ from ila import released_config as released_ila_config
 from video_prompt import TCCLIP, TCConfig
 from video_prompt import load_released as load_released_tc
 from video_prompt import released_config as released_tc_config
-
 
 
 class Method(NamedTuple):
@@ -109,8 +108,8 @@ class LinearProbe(nn.Module):
         """Checks that the names are those of the training. Raises ValueError if not."""
         names, count = list(names), self.head[1].out_features
         if len(names) != count or self.names not in (None, names):
-            raise ValueError(f"{len(names)} classes for a linear probe of {count}: it knows only "
-                             "the classes of its training")
+            raise ValueError(f"{len(names)} classes that are not the {count} of its training: a "
+                             "linear probe knows no others")
         self.names = names
 
     def forward(self, video):
@@ -1078,9 +1077,12 @@ def check_flags(parser, args):
     for name, value in vars(args).items():
         if value == "" or isinstance(value, list) and "" in value:
             parser.error(f"{flag_of(name)} is empty: give a value, or leave the flag out")
-        missing = value and name == "checkpoint" and not os.path.exists(value)
-        if value and name in ("merges", "temporal", "static"):
-            missing = not os.path.isfile(value)
+        if name == "checkpoint":
+            missing = value and not os.path.exists(value) and value not in OPENAI_MODELS
+        elif name in ("merges", "temporal", "static"):
+            missing = value and not os.path.isfile(value)
+        else:
+            missing = False
         if missing:
             parser.error(f"{flag_of(name)} {value}: no such file")
     return args

@@ -312,8 +312,8 @@ class ILAConfig:
     align_weight: float = knob(1.0, "of the alignment loss [released]; 0.01 for tiny models")
     finetune: bool = knob(
         False, "with num_classes: the tower trains too, with Kinetics' convolutions (Table 10)")
-    decoder_layers: int = knob(4, "host=evl: how many of the last blocks its decoder reads")
-    decoder_mlp: int = knob(4, "host=evl: width of the decoder's MLP, in widths of the tower")
+    decoder_layers: int = knob(4, "host=evl: last blocks read")
+    decoder_mlp: int = knob(4, "host=evl: its MLP, in widths D")
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():

@@ -42,7 +42,8 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation  # `eval` is a builtin
-from clip_vit import Block, clip_facts, knob, load_clip, read_checkpoint, text_once
+from clip_vit import (Block, clip_facts, knob, load_clip, open_weights, read_checkpoint,
+                      text_once)
 
 try:
     import fcntl
@@ -126,19 +127,19 @@ class Recipe:
     warmup_epochs: float = knob(5.0, "linear, from 0")
     lr: float = knob(8e-6, "peak rate of CLIP's weights")
     lr_min: float = knob(8e-8, "rate at the end")
-    new_lr: float = knob(10.0, "times lr, for the modules that CLIP lacks")
-    position_lr: float = knob(1.0, "times lr, for temporal position embeddings")
-    schedule: str = knob("released", "or continuous, without its jump at the end of warm-up; or "
-                         "steps: x 0.1 after 11 and after 14 of 15 parts of the run")
+    new_lr: float = knob(10.0, "times lr, for what CLIP lacks")
+    position_lr: float = knob(1.0, "times lr, for time positions")
+    schedule: str = knob(
+        "released", "or continuous: no jump after warm-up; or steps: x 0.1 at 11/15 and 14/15")
     optimizer: str = knob("adamw", "adamw, or sgd with momentum 0.9")
-    drop_last: bool = knob(True, "leave out an epoch's last incomplete step [released]")
+    drop_last: bool = knob(True, "leave out an incomplete step")
     batch: int = knob(
         256, "videos per step, over all processes; 0: an eighth of all, but 4 to 64")
     micro_batch: int = knob(
         8, "videos per forward pass, even; costs memory; only batch norm sees it")
     weight_decay: float = knob(0.001, "of the optimiser")
-    position_decay: float = knob(0.001, "the same, for temporal position embeddings")
-    clip_grad: float = knob(0.0, "largest gradient norm; 0: no limit")
+    position_decay: float = knob(0.001, "of time positions")
+    clip_grad: float = knob(0.0, "largest gradient norm; 0: any")
     precision: str = knob("auto", "fp32, bf16, fp16; auto: bf16 or fp16 on a GPU, fp32 on a CPU")
     # the run
     eval_every: int = knob(1, "epochs")
@@ -397,8 +398,8 @@ def locked(folder):
             owner = file.read(200)
             if patience <= 0 or socket.gethostname() in owner:
                 raise ValueError(
-                    f"another process is training in {folder} ({owner}): wait for it, or choose "
-                    f"another --out; if it is gone, delete {path}.{slurm_hint()}")
+                    f"{folder}: {owner} trains here: wait for it, or choose another --out; if it "
+                    f"is gone, delete the file `lock` in it.{slurm_hint()}")
             patience -= 5
             time.sleep(5)
         file.truncate(0)
@@ -1347,18 +1348,9 @@ def resolve_recipe(protocol, method, dataset, settings=(), defaults=None, **flag
         values["keep_decoded"] = False  # unless it is asked for, which Recipe refuses
     values |= defaults | flags | overrides
     values["model"] = model | model_overrides
-    for name in ("merges", "checkpoint"):
-        if values.get(name) and not os.path.isfile(values[name]):
-            raise ValueError(f"{name}={values[name]}: no such file")
+    if values.get("merges") and not os.path.isfile(values["merges"]):
+        raise ValueError(f"merges={values['merges']}: no such file")
     return Recipe(protocol, method, dataset, **values)
-
-
-def read_recipe(path):
-    """The recipe (a dict) in a checkpoint of ours; None in other files."""
-    content = read_checkpoint(path)
-    if isinstance(content, dict) and isinstance(content.get("recipe"), dict):
-        return content["recipe"]
-    return None
 
 
 def runs_of(protocol, settings):
@@ -1387,9 +1379,10 @@ def checkpoint_defaults(args):
     """(method or None, settings) that a --checkpoint of ours brings with it; they see alike."""
     asked = dict(setting.partition("=")[::2] for setting in args.set)
     path = args.checkpoint or asked.get("checkpoint")
-    recipe = read_recipe(path) if path and os.path.isfile(path) else None
-    if recipe is None:
+    content = open_weights(path).content if path else None
+    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
         return None, {"model": {}}
+    recipe = content["recipe"]
     names = ("clip", "merges", "frames", "sampling", "pixels", "short_side", "model")
     return recipe["method"], {name: recipe[name] for name in names}
 
@@ -1652,7 +1645,7 @@ def parse_args(arguments=None):
     flag("--merges", metavar="FILE",
          help="CLIP's BPE merges; default: the cache folder's, downloaded once")
     flag("--checkpoint", metavar="FILE",
-         help="weights of this method to start from, the papers' (P); default: CLIP's")
+         help="weights of this method, or a run folder, to start from; default: CLIP's")
     flag("--upstream-labels", action="store_true",
          help="HMDB-51: the published names, four swapped; default: right")
     flag("--compile", action="store_true",

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import save_clip
+from helpers import save_clip, tiny_clip
 
 import bench_speed
 from eval import run_command
@@ -61,7 +61,7 @@ def test_memory_is_measured_in_a_process_of_its_own(world):
 
 
 @pytest.mark.parametrize("words, said", [
-    (("--frames", "0"), "--frames 0"), (("--clip", "nowhere.pt"), "nowhere.pt: neither"),
+    (("--frames", "0"), "--frames 0"), (("--clip", "nowhere.pt"), "nowhere.pt: no such file or folder"),
     (("--json", "a.json"), "unrecognized arguments: --json")])
 def test_wrong_use_is_told_in_one_line(words, said, capsys):
     assert bench(*words) == 2

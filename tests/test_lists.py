@@ -729,7 +729,7 @@ def test_names_are_printed_safely(tmp_path):
     assert "(b)" in refusal("supervised", "folder", tmp_path / "e", 1, 0)
     name = os.fsdecode(b"caf\xe9")
     touch(tmp_path, f"f/train/{name}/1.mp4", f"f/test/{name}/1.mp4")
-    assert "caf\\xdce9 is not named in UTF-8: rename it" in refusal("supervised", "folder", tmp_path / "f", 1, 0)
+    assert "caf\\udce9 is not named in UTF-8: rename it" in refusal("supervised", "folder", tmp_path / "f", 1, 0)
 
 
 # ---- half unpacked archives ----
