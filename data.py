@@ -19,7 +19,6 @@ import multiprocessing
 import multiprocessing.queues
 import os
 import re
-import shutil
 import signal
 import stat
 import sys
@@ -32,6 +31,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import chain, permutations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import sleep
 from typing import Callable, NamedTuple
 
@@ -797,11 +797,15 @@ def move(clip, axis, shift, rng):
 
 
 def random_crop(clip, scales, rng):
-    """[released] Multi-scale crop: one of the pairs of sides, in a corner or the centre."""
+    """[released] Multi-scale crop: a pair of neighbouring sides, in a corner or the centre.
+
+    All pairs (height, width) are equally likely: of four scales, each of the ten with 10 %.
+    """
     *_, height, width = clip.shape
     sides = [round(scale * min(height, width)) for scale in scales]
-    i = rng.integers(len(sides))
-    j = rng.integers(max(i - 1, 0), min(i + 2, len(sides)))
+    numbers = range(len(sides))
+    pairs = [(i, j) for i in numbers for j in numbers if abs(i - j) <= 1]
+    i, j = pairs[rng.integers(len(pairs))]
     down, right = CORNERS[rng.integers(len(CORNERS))]
     top, left = int((height - sides[i]) * down), int((width - sides[j]) * right)
     return clip[..., top:top + sides[i], left:left + sides[j]]
@@ -2040,8 +2044,8 @@ def start_processes(kind=None):
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if cuda and local_world > torch.cuda.device_count():
-        raise ValueError(f"{local_world} processes on a node with {torch.cuda.device_count()} GPUs: "
-                         "lower --nproc_per_node")
+        raise ValueError(f"{local_world} processes on a node with {torch.cuda.device_count()} "
+                         "GPUs: lower --nproc_per_node")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -2093,16 +2097,20 @@ def gather(items):
 
 
 def check_same_data(description):
-    """Raises ValueError, on every process, if the processes describe their data differently."""
-    described = gather([description])
-    for rank, other in enumerate(described):
-        if other != described[0]:
-            raise ValueError(f"process {rank} sees other data than process 0: {other}, not "
-                             f"{described[0]}; give every machine the same videos and lists")
+    """Raises ValueError, on every process, if one describes its data differently, in a short line.
+
+    Nodes may have copies of the data of their own. If one copy is incomplete, the processes would
+    disagree on the number of steps and wait for one another.
+    """
+    first, *others = gather([description])
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            raise ValueError(f"rank {rank} sees other data than rank 0: {other}, not {first}; "
+                             "give every machine the same videos and lists")
 
 
 def any_process(flag, device):
-    """Whether the flag is set on any process. It costs one number, nothing beside a training step."""
+    """Whether the flag is set on any process. It sends one number, nothing beside a step."""
     if rank_and_world()[1] == 1:
         return flag
     count = torch.tensor(float(flag), device=device)
@@ -2129,18 +2137,6 @@ def on_rank_zero(call):
     for caught in gather([error]):
         if caught is not None:
             raise caught
-
-
-def check_same_on_all(description):
-    """Compares what the processes say of their data, a short line. Raises ValueError if one differs.
-
-    Nodes may have copies of the data of their own. If one copy is incomplete, the processes would
-    disagree on the number of steps and wait for one another.
-    """
-    first, *others = gather([description])
-    for rank, other in enumerate(others, start=1):
-        if other != first:
-            raise ValueError(f"rank {rank} sees other data than rank 0: {other}, not {first}")
 
 
 # ---- loaders -------------------------------------------------------------------------------------
@@ -2189,10 +2185,10 @@ def load_batches(dataset, workers, **settings):
 
 
 def to_share(clips):
-    """Clips (b,...) uint8 as a loader's worker sends them: in shared memory, or if it is full by value.
+    """Clips (b,...) uint8 as a loader's worker sends them: in shared memory if there is room.
 
-    A container's /dev/shm is often 64 MB. PyTorch moves tensors there after the data set's own code
-    has run, where a failure loses the batch; so it is done here. By value costs one more copy.
+    Else they go by value, which costs one more copy; a container's /dev/shm is often 64 MB. PyTorch
+    would move the tensors only after this code has run, where a failure loses the batch.
     """
     if get_worker_info() is None:  # no worker, nothing to send
         return clips
@@ -2225,14 +2221,13 @@ class TestVideos(Dataset):
         return item
 
     def loader(self, batch, workers):
-        """Batches of (indices, views (b,V,T,3,R,R) uint8, [(index, error)]) of this process's share.
+        """Batches of this process's share: (indices, views (b,V,T,3,R,R) uint8, [(index, error)]).
 
-        The processes take turns: process r of w reads the videos r, r + w, r + 2w, ..., so that every
-        video is read exactly once.
+        Process r of w reads the videos r, r + w, r + 2w, ..., so every video is read exactly once.
         """
         rank, world = rank_and_world()
-        share = range(rank, len(self), world)
-        return load_batches(self, workers, batch_sampler=BatchSampler(share, batch, drop_last=False))
+        share = BatchSampler(range(rank, len(self), world), batch, drop_last=False)
+        return load_batches(self, workers, batch_sampler=share)
 
     @staticmethod
     def collate(items):
@@ -2246,8 +2241,9 @@ class TestVideos(Dataset):
 class TrainVideos(Dataset):
     """The videos of a training. Item (epoch, i, weight): an augmented clip of video i.
 
-    All randomness is drawn from (seed, epoch, i). A video that cannot be read is replaced by another
-    one and reported; after ten in a row by None. `augmentation` holds the arguments of `augment`.
+    All randomness is drawn from (seed, epoch, i). A video that cannot be read is reported, and
+    another one takes its place; after ten in a row None does. `augmentation` holds the arguments of
+    `augment`.
     """
 
     def __init__(self, video_list, views, seed, augmentation, keep=False):
@@ -2274,7 +2270,7 @@ class TrainVideos(Dataset):
         return None, 0, weight, errors  # give up; the caller decides
 
     def read(self, i, rng):
-        """Randomly drawn frames of video i, (T,3,h,w) uint8; if clips are kept, they are kept whole."""
+        """Randomly drawn frames of video i, (T,3,h,w) uint8."""
         sampler = SAMPLERS[self.views.sampling]
         sample = partial(sampler, frames=self.views.frames, train=True, rng=rng)
         if self.kept is None:
@@ -2295,32 +2291,38 @@ class TrainVideos(Dataset):
 
     @staticmethod
     def collate(items):
-        """Items -> a batch; its clips are None if one of them is. Small arrays are sent by value."""
+        """Items -> a batch; its clips are None if one of them is."""
         clips, labels, weights, errors = zip(*items)
         unreadable = any(clip is None for clip in clips)
         clips = None if unreadable else to_share(torch.stack(clips))
+        # numpy's arrays are sent by value
         return clips, np.array(labels), np.array(weights), sum(errors, [])
 
 
-# ---- the miniature world ---------------------------------------------------------------------------------------------
+# ---- the miniature world -------------------------------------------------------------------------
 
 SIDE, CLIP_FRAMES = 32, 8
 COLOURS = {"red": (215, 40, 40), "cyan": (60, 205, 215), "purple": (150, 55, 200),
            "yellow": (225, 210, 50), "blue": (45, 75, 225), "green": (45, 170, 60)}
 SIZES = {"small": 4.5, "big": 8.0}  # radius in pixels, +- 1
-PLACES = {"left": (16, 8), "right": (16, 24), "top": (8, 16), "bottom": (24, 16), "middle": (16, 16)}  # (y, x), +- 1.5
+PLACES = {"left": (16, 8), "right": (16, 24), "top": (8, 16), "bottom": (24, 16),
+          "middle": (16, 16)}  # (y, x) in pixels, +- 1.5
 SHAPES = {  # is the point inside? y downwards and x, in units of the shape's radius
     "circle": lambda y, x: y * y + x * x <= 1,
     "square": lambda y, x: np.maximum(abs(y), abs(x)) <= 0.85,
     "triangle": lambda y, x: (abs(y) <= 0.9) & (abs(x) <= (y + 0.9) / 1.8),
-    "cross": lambda y, x: (np.minimum(abs(y), abs(x)) <= 0.35) & (np.maximum(abs(y), abs(x)) <= 1)}
+    "cross": lambda y, x: ((np.minimum(abs(y), abs(x)) <= 0.35)
+                           & (np.maximum(abs(y), abs(x)) <= 1))}
 
 
 def shapes_classes():
-    """The class names (base, novel): 20 and 10."""
+    """The class names (base, novel): 20 and 10. The novel ones join neighbours in COLOURS."""
+    base, novel = [], []
     order = list(COLOURS)
-    pairs = [(abs(order.index(a) - order.index(b)) == 1, f"{a} to {b}") for a, b in permutations(order, 2)]
-    return [name for novel, name in pairs if not novel], [name for novel, name in pairs if novel]
+    for a, b in permutations(order, 2):
+        neighbours = abs(order.index(a) - order.index(b)) == 1
+        (novel if neighbours else base).append(f"{a} to {b}")
+    return base, novel
 
 
 def opposite(name):
@@ -2328,48 +2330,73 @@ def opposite(name):
     return " to ".join(reversed(name.split(" to ")))
 
 
-def paint(rng, size, shape, place, colours):
-    """Frames of one scene: a striped ground, 0 to 2 grey distractors, the shape, pixel noise -> uint8 (T,32,32,3).
+def any_of(rng, words):
+    """One of the words, each as likely as the others."""
+    words = list(words)
+    return words[rng.integers(len(words))]
 
-    colours (T,3), in [0,255], are the shape's. It drifts by up to a pixel; only the noise is new in each frame.
+
+def paint(rng, size, shape, place, colours):
+    """Frames of one scene, uint8 (T,32,32,3): the shape on a ground, and noise in every pixel.
+
+    colours (T,3), in [0,255], are the shape's. The shape drifts by up to a pixel; else only the
+    noise changes from frame to frame.
     """
-    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)  # (R,R)
-    stripes = np.sin(x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1) + rng.uniform(0, 6))
-    ground = 0.3 * rng.uniform(70, 185, 3) + 0.7 * rng.uniform(70, 185)  # greyish
-    canvas = ground + stripes[..., None] * rng.uniform(5, 25)  # (R,R,3)
-    for _ in range(rng.integers(3)):
-        kind, radius, (cy, cx) = rng.choice(list(SHAPES)), rng.uniform(2, 3.5), rng.uniform(2, SIDE - 2, 2)
-        canvas[SHAPES[kind]((y - cy) / radius, (x - cx) / radius)] = rng.uniform(20, 235)
+    ground = paint_ground(rng)  # (R,R,3)
     radius = SIZES[size] + rng.uniform(-1, 1)
     drift = np.linspace(-0.5, 0.5, len(colours))[:, None] * rng.uniform(-1, 1, 2)  # (T,2)
     centre = PLACES[place] + rng.uniform(-1.5, 1.5, 2) + drift  # (T,2)
     cy, cx = centre.T[..., None, None].astype(np.float32)  # (T,1,1)
+    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)  # (R,R)
     inside = SHAPES[shape]((y - cy) / radius, (x - cx) / radius)  # (T,R,R)
     tint = np.asarray(colours) + rng.uniform(-15, 15, 3)  # (T,3)
-    frames = np.where(inside[..., None], tint[:, None, None], canvas)  # (T,R,R,3)
+    frames = np.where(inside[..., None], tint[:, None, None], ground)  # (T,R,R,3)
     frames = frames + 8 * rng.standard_normal(frames.shape, np.float32)
     return frames.clip(0, 255).astype(np.uint8)
 
 
+def paint_ground(rng):
+    """A greyish ground with stripes and none to two small grey shapes, float (32,32,3)."""
+    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)  # (R,R)
+    stripes = np.sin(x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1) + rng.uniform(0, 6))
+    colour = 0.3 * rng.uniform(70, 185, 3) + 0.7 * rng.uniform(70, 185)
+    ground = colour + stripes[..., None] * rng.uniform(5, 25)  # (R,R,3)
+    for _ in range(rng.integers(3)):
+        shape = rng.choice(list(SHAPES))
+        radius = rng.uniform(2, 3.5)
+        cy, cx = rng.uniform(2, SIDE - 2, 2)
+        ground[SHAPES[shape]((y - cy) / radius, (x - cx) / radius)] = rng.uniform(20, 235)
+    return ground
+
+
 def render_still(rng):
-    """A still picture uint8 (32,32,3), and what is true of it: a word each for size, colour, shape and place."""
-    truth = tuple(words[rng.integers(len(words))] for words in map(list, (SIZES, COLOURS, SHAPES, PLACES)))
-    size, colour, shape, place = truth
-    return paint(rng, size, shape, place, [COLOURS[colour]])[0], truth
+    """A still picture, uint8 (32,32,3), and what is true of it: (size, colour, shape, place)."""
+    size, colour = any_of(rng, SIZES), any_of(rng, COLOURS)
+    shape, place = any_of(rng, SHAPES), any_of(rng, PLACES)
+    picture = paint(rng, size, shape, place, [COLOURS[colour]])[0]
+    return picture, (size, colour, shape, place)
 
 
 def render_clip(rng, name):
-    """A clip of class `name` -> uint8 (8,32,32,3): the colour changes once, about the middle, within up to 3 frames."""
+    """A clip of class `name`, uint8 (8,32,32,3).
+
+    The colour changes once, about the middle, within up to 3 frames. The first frame has the first
+    colour alone, the last frame the last.
+    """
     first, last = (np.array(COLOURS[colour]) for colour in name.split(" to "))
-    size, shape, place = (words[rng.integers(len(words))] for words in map(list, (SIZES, SHAPES, PLACES)))
-    middle, width = rng.uniform(2.5, 4.5), rng.uniform(0.1, 3)  # so that frame 0 is all `first`, frame 7 all `last`
+    size, shape, place = any_of(rng, SIZES), any_of(rng, SHAPES), any_of(rng, PLACES)
+    middle = rng.uniform(2.5, 4.5)
+    width = rng.uniform(0.1, 3)
     mix = ((np.arange(CLIP_FRAMES) - middle) / width + 0.5).clip(0, 1)[:, None]  # (T,1)
     return paint(rng, size, shape, place, (1 - mix) * first + mix * last)
 
 
 def write_clip(path, frames):
-    """Write uint8 frames (T,R,R,3) as h264 in mp4. Every frame is an IDR frame of one quantiser: coded by itself alone,
-    it decodes to the same pixels wherever in a video it stands."""
+    """Writes uint8 frames (T,R,R,3) as h264 in mp4.
+
+    Every frame is an IDR frame of one quantiser. It is coded by itself, so it decodes to the same
+    pixels wherever in a video it stands.
+    """
     with av.open(str(path), "w") as container:
         options = {"qp": "10", "g": "1", "preset": "ultrafast", "threads": "1"}
         stream = container.add_stream("h264", rate=8, options=options)
@@ -2379,27 +2406,48 @@ def write_clip(path, frames):
         container.mux(stream.encode())
 
 
-def write_shapes(folder, seed, shots_max=16, base_clips=10, novel_clips=20):
-    """Render the world into folder/{train,base,novel}/<class>/<number>.mp4; a clip depends on `seed` and name alone.
+def holds_shapes(folder):
+    """Whether a folder holds a whole miniature world; write_shapes leaves no other."""
+    return all((folder / split).is_dir() for split in ("train", "base", "novel"))
 
-    train: `shots_max` clips of each base class. base, novel: `base_clips` and `novel_clips` test clips per class, and
-    as many reversed: base/blue to red/003r.mp4 is base/red to blue/003.mp4 backwards. The folder appears when it is
-    complete. Raises ValueError if it holds anything.
+
+def write_shapes(folder, seed, shots_max=16, base_clips=10, novel_clips=20):
+    """Renders the world into folder/{train,base,novel}/<class>/<number>.mp4, whole or not at all.
+
+    train: `shots_max` clips of each base class. base, novel: `base_clips` and `novel_clips` test
+    clips per class, and as many reversed: base/blue to red/003r.mp4 is base/red to blue/003.mp4
+    backwards. A clip depends on `seed` and its name alone. A whole world that is there already, or
+    that another process finishes first, stays. Raises ValueError if the folder holds other files.
     """
-    folder, (base, novel) = Path(folder), shapes_classes()
+    folder = Path(folder)
+    if holds_shapes(folder):
+        return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already and holds no whole miniature world: choose another folder with "
-                         "--data; for your own videos add --dataset folder")
+        raise ValueError(f"{folder} exists already and holds no whole miniature world: choose "
+                         "another folder with --data; for your own videos add --dataset folder")
+    base, novel = shapes_classes()
     splits = ("train", base, shots_max), ("base", base, base_clips), ("novel", novel, novel_clips)
-    clips = [(split, name, i) for split, names, count in splits for name in names for i in range(count)]
-    unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
-    try:
+    clips = [(split, name, i) for split, names, count in splits for name in names
+             for i in range(count)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # a name of its own, for two nodes may have processes of one number
+    with TemporaryDirectory(prefix=f".{folder.name}.unfinished-", dir=folder.parent) as place:
+        unfinished = Path(place, "shapes")
         for split, name, i in tqdm(clips, desc="rendering the miniature world", unit="clip"):
             rng = np.random.default_rng([seed, *f"{split}/{name}/{i}".encode()])
-            frames, targets = render_clip(rng, name), [(name, f"{i:03d}.mp4", 1), (opposite(name), f"{i:03d}r.mp4", -1)]
-            for owner, file, step in targets[:1 if split == "train" else 2]:
-                (unfinished / split / owner).mkdir(parents=True, exist_ok=True)
-                write_clip(unfinished / split / owner / file, frames[::step])
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            frames = render_clip(rng, name)
+            write_in_class(unfinished / split / name, f"{i:03d}.mp4", frames)
+            if split != "train":
+                other = unfinished / split / opposite(name)
+                write_in_class(other, f"{i:03d}r.mp4", frames[::-1])
+        try:
+            os.replace(unfinished, folder)
+        except OSError:
+            if not holds_shapes(folder):  # it holds them if another process was faster
+                raise
+
+
+def write_in_class(folder, name, frames):
+    """Writes a clip into a class's folder, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_clip(folder / name, frames)

@@ -1405,7 +1405,7 @@ def run_test(args):
     first = data.rank_and_world()[0] == 0
     tests = load_test_sets(args)
     check_outputs(args, [path for video_list in tests.values() for path in video_list.paths])
-    data.check_same_on_all(describe_data(list(tests.values())))
+    data.check_same_data(describe_data(list(tests.values())))
     subsets = read_subsets(args, tests)
     default_clip = "ViT-B/16"
     if args.test == "shapes":

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import glob
 import itertools
 import json
 import math
@@ -1220,11 +1221,29 @@ def pretrain_tiny_clip(path, seed=0, steps=250, batch=64, lr=6e-4, device="cpu")
 
 
 def prepare_miniature(root, device):
-    """Renders the world and pretrains its CLIP, root/clip.pt, if that is not done yet."""
-    if not all((root / split).is_dir() for split in ("train", "base", "novel")):
-        data.write_shapes(root, seed=0)
-    if not (root / "clip.pt").is_file():
-        pretrain_tiny_clip(root / "clip.pt", device=device)
+    """Renders the world and pretrains its CLIP, root/clip.pt, if that is not done yet.
+
+    One process does it, on whatever node; others wait. What a killed one left is deleted.
+    """
+    root = root.resolve()
+    clip = root / "clip.pt"
+    if data.holds_shapes(root) and clip.is_file():
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    lock = root.with_name(f".{root.name}.lock")
+    with open(lock, "a") as file:
+        if not try_lock(file):
+            print(f"waiting for the process that prepares {root}", file=sys.stderr)
+            while not try_lock(file):
+                time.sleep(1)
+        for killed in root.parent.glob(f".{glob.escape(root.name)}.unfinished-*"):
+            shutil.rmtree(killed)
+        try:
+            data.write_shapes(root, seed=0)
+            if not clip.is_file():
+                pretrain_tiny_clip(clip, device=device)
+        finally:
+            lock.unlink(missing_ok=True)  # whoever waits for it finds all done
 
 
 def draw_miniature(root, results, path):

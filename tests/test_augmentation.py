@@ -1,5 +1,6 @@
 """Augmentation acts on all frames alike, does nothing when told so, and mixing keeps its pairs and its sums."""
 import colorsys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 from data import recolour, resize, augment, mix_draw, mix_pairs, soft_targets
 
 few = settings(deadline=None, max_examples=40)
@@ -52,7 +54,7 @@ def test_all_frames_get_the_same_transform(seed, height, width):
 
 @few
 @given(seeds, sides)
-def test_no_op_changesare_the_identity(seed, side):
+def test_no_op_changes_are_the_identity(seed, side):
     clip = noise(2, 3, side, side)
     assert torch.equal(augment(clip, side, generator(seed), **NOTHING), clip)
     no_strength = dict(jitter=1.0, strengths=(0, 0, 0, 0))
@@ -89,6 +91,15 @@ def test_crops_take_every_scale_and_place():
     steps = [(48, 48), (48, 36), (36, 48), (36, 36), (36, 24), (24, 36), (24, 24)]
     places = [(0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5)]
     assert seen == {(int((height - h) * v), int((width - w) * u), h, w) for h, w in steps for v, u in places}
+
+
+def test_each_pair_of_sides_comes_as_often_as_the_others():
+    """[released] four scales give ten pairs, each drawn with 10 %."""
+    clip, rng = torch.zeros(1, 3, 100, 120), generator(0)
+    counts = Counter(tuple(data.random_crop(clip, data.SCALES, rng).shape[-2:]) for _ in range(10000))
+    pairs = [(100, 100), (100, 88), (88, 100), (88, 88), (88, 75), (75, 88), (75, 75), (75, 66), (66, 75), (66, 66)]
+    assert sorted(counts) == sorted(pairs)
+    assert all(abs(count - 1000) < 150 for count in counts.values())  # five standard deviations
 
 
 @few

@@ -372,11 +372,11 @@ def test_a_batch_that_cannot_be_sent_ends_its_worker(capfd):
 
 
 def same_on_all(rank, folder, lines):
-    """In a process of its own: what check_same_on_all says on `rank`, written to folder/rank."""
+    """In a process of its own: what check_same_data says on `rank`, written to folder/rank."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
                                          world_size=len(lines))
     try:
-        data.check_same_on_all(lines[rank])
+        data.check_same_data(lines[rank])
         said = "the same"
     except ValueError as error:
         said = str(error)
@@ -386,7 +386,7 @@ def same_on_all(rank, folder, lines):
 
 @pytest.mark.parametrize("lines, wanted", [
     (("12 videos", "12 videos"), "the same"),
-    (("12 videos", "9 videos"), "rank 1 sees other data than rank 0: 9 videos, not 12 videos")])
+    (("12 videos", "9 videos"), "rank 1 sees other data than rank 0: 9 videos, not 12 videos; give every machine the same videos and lists")])
 def test_processes_compare_their_data(tmp_path, lines, wanted):
     torch.multiprocessing.spawn(same_on_all, (tmp_path, lines), nprocs=2)
     assert {(tmp_path / str(rank)).read_text() for rank in (0, 1)} == {wanted}

@@ -413,7 +413,7 @@ def test_a_second_sigterm_ends_the_process():
 
 def test_processes_whose_data_differ_stop_at_once(monkeypatch):
     monkeypatch.setattr(data, "gather", lambda items: [*items, "9 videos of 3 classes, 1234"])
-    with pytest.raises(ValueError, match="process 1 sees other data than process 0: 9 videos"):
+    with pytest.raises(ValueError, match="rank 1 sees other data than rank 0: 9 videos"):
         data.check_same_data("12 videos of 3 classes, 5678")
     data.check_same_data("9 videos of 3 classes, 1234")
 

@@ -1,6 +1,11 @@
 """The miniature world: what its files and captions promise."""
 import hashlib
 import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import av
 import numpy as np
@@ -8,6 +13,8 @@ import pytest
 
 import data
 import train
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def decode(path):
@@ -89,9 +96,52 @@ def test_an_interrupted_rendering_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_folder_is_refused(folder):
-    with pytest.raises(ValueError, match="exists already"):
-        data.write_shapes(folder, seed=0)
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no whole miniature world"):
+        data.write_shapes(tmp_path, seed=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_first_of_two_that_render_at_once_wins(tmp_path, monkeypatch):
+    write = data.write_clip
+
+    def other_first(path, frames):
+        monkeypatch.setattr(data, "write_clip", write)
+        data.write_shapes(tmp_path / "shapes", seed=1, shots_max=1, base_clips=1, novel_clips=1)
+        write(path, frames)
+    monkeypatch.setattr(data, "write_clip", other_first)
+    data.write_shapes(tmp_path / "shapes", seed=2, shots_max=2, base_clips=1, novel_clips=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
+    assert len(list((tmp_path / "shapes").glob("train/*/*"))) == 20  # one of each class: the other's
+
+
+PREPARE = """
+import functools, os, pathlib, signal, sys, train
+train.data.write_shapes = functools.partial(
+    train.data.write_shapes, shots_max=1, base_clips=1, novel_clips=1)
+def pretrain(path, device):
+    print("pretrained")
+    path.write_text("a CLIP")
+train.pretrain_tiny_clip = pretrain
+if "killed" in sys.argv:
+    train.data.write_clip = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+train.prepare_miniature(pathlib.Path("shapes"), "cpu")
+"""
+
+
+def test_two_first_commands_prepare_once_and_tidy_up_after_a_killed_one(tmp_path):
+    def start(*words):
+        return subprocess.Popen([sys.executable, "-c", PREPARE, *words], cwd=tmp_path, text=True,
+                                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert start("killed").wait(60) == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2  # a lock that nobody holds, a folder without clips
+    both = [start(), start()]
+    said = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(out for out, _ in said) == ["", "pretrained\n"]
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
 
 
 def test_a_still_shows_what_is_said_of_it():
