@@ -527,11 +527,15 @@ def split_capitals(name):
     return re.sub(" +", " ", re.sub("([A-Z])", r" \1", name)).strip()
 
 
+def at_least_float32(x):
+    """fp16 and bf16 as fp32; fp32 and fp64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def full_precision(device):
-    """A context without autocast: products keep the precision of their factors. A device's type."""
-    if not torch.amp.is_autocast_available(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    """A context in which products keep the precision of their factors, whatever the autocast."""
+    kind = "cpu" if device.type == "meta" else device.type  # shapes without values have no autocast
+    return torch.autocast(kind, enabled=False)
 
 
 def cosine_logits(video, text, logit_scale):
@@ -540,12 +544,9 @@ def cosine_logits(video, text, logit_scale):
     [ours] Under autocast it is computed in float32: 16 bits would round logits of 16 to 32 to steps
     of 1/8, and classes would tie.
     """
-    device = video.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        video = video.to(torch.promote_types(video.dtype, torch.float32))
-        text = text.to(torch.promote_types(text.dtype, torch.float32))
-        with full_precision(device):
-            return cosine_logits(video, text, logit_scale)
+    if not video.is_meta and torch.is_autocast_enabled(video.device.type):
+        with full_precision(video.device):
+            return cosine_logits(at_least_float32(video), at_least_float32(text), logit_scale)
     video, text = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
     if text.dim() == 2:
         return logit_scale.exp() * video @ text.T
@@ -664,8 +665,7 @@ class TextOnce:
         if self.made is None:
             self.made = compute()
             for tensor in self.tensors():
-                leaf = tensor.detach()
-                leaf = leaf.to(torch.promote_types(leaf.dtype, torch.float32))  # for exact sums
+                leaf = at_least_float32(tensor.detach())  # for exact sums
                 self.leaves.append(leaf.requires_grad_(tensor.requires_grad))
         if self.last:
             return self.made
@@ -1328,7 +1328,8 @@ def unwrap(content):
 
 
 def state_dict_in(content, limit=math.inf):
-    """The {key: tensor} in a checkpoint, whatever a training program wrapped around it.
+    """The {key: tensor} in a checkpoint, whatever a training program wrapped around it; arrays
+    become tensors, and keys lose the "module." of DDP.
 
     `limit` is the largest sum of the tensors' bytes. Raises ValueError if there is none.
     """
@@ -1345,7 +1346,7 @@ def state_dict_in(content, limit=math.inf):
             kind = value.name if isinstance(value, Foreign) else type(value).__name__
             raise ValueError(f"not a state_dict of named tensors: {key!r:.40} is a {kind:.60}")
         if key not in OPENAI_NUMBERS:
-            state[PREFIX.sub("", key)] = value
+            state[PREFIX.sub("", key)] = torch.as_tensor(value)
     if len(state) > MOST_NAMES or sum(value.nbytes for value in state.values()) > limit:
         raise ValueError("its tensors have more numbers than the file can hold")
     return state
@@ -1371,10 +1372,6 @@ def from_ours(state):
     inner = {key.removeprefix("model."): value for key, value in state.items()}
     return {key.removeprefix("clip."): value for key, value in inner.items()
             if key.startswith("clip.")}
-
-
-def as_it_is(state):
-    return state
 
 
 def join_projections(state):
@@ -1454,11 +1451,11 @@ FORMATS = (  # from the most special to CLIP's plain keys, which many others hol
     Format("SigLIP", r"^logit_bias$|^vision_model\.head\.|^visual\.trunk\.attn_pool\."),
     Format("open_clip model with other towers", r"^visual\.trunk\.|^text\.|^visual\.blocks\."),
     Format("ResNet CLIP", r"^visual\.layer1\."),
-    Format("ViT in timm's layout", r"^patch_embed\.proj\.weight$", as_it_is),
-    Format("ViT in Google's layout", r"^embedding/kernel$", as_it_is),
+    Format("ViT in timm's layout", r"^patch_embed\.proj\.weight$", dict),
+    Format("ViT in Google's layout", r"^embedding/kernel$", dict),
     Format("Hugging Face CLIP", r"^(text|vision)_model\.encoder\.", from_hugging_face,
            "config.json", read_hugging_face_config),
-    Format("CLIP", "", as_it_is, "open_clip_config.json", read_open_clip_config),
+    Format("CLIP", "", dict, "open_clip_config.json", read_open_clip_config),
 )
 VIDEO_FORMATS = ("ViFi-CLIP", "TC-CLIP", "ILA", "EVL", "TimeSformer")  # eval.load_model reads them
 
@@ -1542,7 +1539,7 @@ def sizes_of(state):
 
 def own_tensor(key, value, copy):
     """A contiguous tensor for the model, float32 if it was float16 or bfloat16."""
-    tensor = torch.as_tensor(value).detach()
+    tensor = value.detach()
     if tensor.numel() == 0:
         raise ValueError(f"{key:.60} is empty")
     if tensor.dtype in (torch.float16, torch.bfloat16):

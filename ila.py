@@ -150,7 +150,7 @@ class PointNet(nn.Module):
         # g([F_t; F_{t+1}]): the first layer of the concatenated maps is A F_t + B F_{t+1}
         h = self.A(as_maps(first)) + self.B(as_maps(second))  # (B*(T-1),c,g,g)
         h = self.layers(h).amax(dim=(2, 3))  # (B*(T-1),c)
-        with full_precision(h.device.type):
+        with full_precision(h.device):
             points = REACH * self.point(h.to(self.point.weight.dtype)).tanh()  # (B*(T-1),4)
         return points.view(*first.shape[:2], 2, 2)
 
@@ -209,7 +209,7 @@ class Alignment(nn.Module):
         """x (B,T,N,D); `delta` is the disturbance of the points while training, else None."""
         first, second = x[:, self.pairs[:, 0], 1:], x[:, self.pairs[:, 1], 1:]  # (B,T-1,P,D)
         points = self.point_net(first, second)  # (B,T-1,2,2)
-        with full_precision(x.device.type):  # 16 bits would blur the masks and round the loss
+        with full_precision(x.device):  # 16 bits would blur the masks and round the loss
             masks = interactive_mask(points, self.grid, delta).flatten(3)  # (B,T-1,2,P)
             # Aligned features a = m . F; MI token = mean over space of a [paper]. The mean is
             # computed as the product m F / P, so that a is never built.
@@ -728,7 +728,7 @@ class HungarianAlignment(nn.Module):
         """x (B,T,N,D) -> (B,T,N,1): the row of frame t to which each row of frame 0 has moved."""
         B, T, N, _ = x.shape
         unit = F.normalize(x[:, :, 1:], dim=-1)
-        with full_precision(x.device.type):
+        with full_precision(x.device):
             cosines = unit[:, :-1] @ unit[:, 1:].mT  # (B,T-1,P,P)
         cost = -cosines.double().cpu().numpy()
         tracks = np.tile(np.arange(N), (B, T, 1))  # the class row stays where it is

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from token_merge import MERGES, at_least_float32, merge_to, no_autocast
+from clip_vit import at_least_float32, full_precision
+from token_merge import MERGES, merge_to
 
 CHOICES = {  # the tower's settings that are names, and what each may be
     "positions": ("space", "joint"),
@@ -144,7 +145,7 @@ def seed_scores(q, seen, patches):
     attention: its softmax also runs over the references with their bias. (In the paper's equation
     it runs over the frame's own keys only.) Computed in fp32, whatever the autocast.
     """
-    with no_autocast(q.device):
+    with full_precision(q.device):
         q, keys = at_least_float32(q), at_least_float32(seen.keys)
         logits = (q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2)  # (B*T,H,1,N+m)
         if seen.bias is not None:

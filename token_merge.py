@@ -20,17 +20,6 @@ import torch.nn.functional as F
 # ---- groups of tokens ----------------------------------------------------------------------------
 
 
-def at_least_float32(x):
-    """fp16 and bf16 as fp32; fp32 and fp64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def no_autocast(device):
-    """A context in which products keep the precision of their factors, whatever the caller's."""
-    kind = "cpu" if device.type == "meta" else device.type  # shapes without values have no autocast
-    return torch.autocast(kind, enabled=False)
-
-
 def numbered(tokens):
     """The number of each token (B,n,...) in its video, from 0: (B,n) int64."""
     B, n = tokens.shape[:2]
@@ -239,11 +228,12 @@ def merge_to(tokens, k, step=100, method="bipartite", sources=False):
         raise ValueError(f"cannot merge to {k} tokens by steps of {step} with {method!r}: "
                          f"numbers start at 1, methods are {', '.join(MERGES)}")
     n = tokens.shape[1]
-    values = at_least_float32(tokens)
+    values = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    device = "cpu" if tokens.is_meta else tokens.device.type  # meta tensors have no autocast
     if n <= k or MERGES[method] is None:
         k, group = n, numbered(tokens)
     else:
-        with torch.no_grad(), no_autocast(tokens.device):
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             group = MERGES[method](values, k, step)  # (B,n)
     sizes = group_sizes(group, k).to(values.dtype)  # (B,k)
     merged = (add_groups(values, group, k) / sizes[..., None]).to(tokens.dtype)  # (B,k,D)

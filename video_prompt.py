@@ -26,7 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from clip_vit import TextCache, cosine_logits, knob, no_string, require_text, split_capitals
+from clip_vit import (TextCache, cosine_logits, join_projections, knob, no_string, require_text,
+                      split_capitals, state_dict_in)
 from temporal_context import CHOICES, ContextTower, add_mlp
 
 
@@ -345,20 +346,14 @@ def our_name(key):
 
 def our_tensors(state_dict):
     """A released state_dict under our names; in_proj_* joined from q_proj, k_proj and v_proj."""
-    tensors, parts = {}, {}
-    for key, value in state_dict.items():
-        key, value = key.removeprefix("module."), torch.as_tensor(value)
+    tensors = {}
+    for key, value in join_projections(state_dict_in(state_dict)).items():
         if key in ("prompt_learner.token_prefix", "prompt_learner.token_suffix"):
             continue  # they follow from the class names
         name = our_name(key)
         if name.startswith("vision.local_global_bias."):
             value = value.flatten(1)  # (H,1,2) -> (H,2)
         tensors[name] = value
-    for name in list(tensors):
-        if ".q_proj." in name:
-            names = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-            joined = torch.cat([tensors.pop(part, torch.empty(0)) for part in names])
-            tensors[name.replace(".q_proj.", ".in_proj_")] = joined
     return tensors
 
 
@@ -368,7 +363,11 @@ def load_released(model, state_dict):
     It holds no token embedding, which was never trained: the model keeps its own. Raises ValueError
     that names the missing, unknown and misshapen keys.
     """
-    tensors, kept = our_tensors(state_dict), ["clip.token_embedding.weight"]
+    kept = ["clip.token_embedding.weight"]
+    try:
+        tensors = our_tensors(state_dict)
+    except KeyError as error:
+        raise ValueError(f"not a released TC-CLIP of this architecture: no {error}") from error
     if model.config.positions == "joint":
         kept.append("clip.visual.positional_embedding")
         joint = tensors.pop("clip.visual.positional_embedding", torch.empty(0))
@@ -417,8 +416,7 @@ def released_config(state_dict, **given):
     prompt_learner.token_suffix is there; the blocks with a bias; the prompt levels. Settings that
     are `given` count first. Raises ValueError if the levels stay open or the positions fit nothing.
     """
-    shapes = {key.removeprefix("module."): tuple(value.shape)
-              for key, value in state_dict.items()}
+    shapes = {key: tuple(value.shape) for key, value in state_dict_in(state_dict).items()}
     found = {}
     frames = joint_frames(shapes["image_encoder.positional_embedding"])
     if frames > 1:

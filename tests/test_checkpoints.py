@@ -402,8 +402,10 @@ def test_sources_and_dtypes(tmp_path):
     torch.save(state, tmp_path / "plain.pt")
     torch.save({"model": {f"clip.{k}": v for k, v in state.items()} | {"vectors": torch.zeros(2)}}, tmp_path / "ours.pt")
     torch.save({"state_dict": state}, tmp_path / "wrapped.pt")
-    arrays = {k: v.numpy() for k, v in state.items()}
-    for source in (state, arrays, tmp_path / "plain.pt", str(tmp_path / "ours.pt"), tmp_path / "wrapped.pt"):
+    arrays, theirs = {k: v.numpy() for k, v in state.items()}, {}
+    for key, value in state.items():
+        theirs |= {k: v.numpy() for k, v in hugging_face_key(key, value).items()}
+    for source in (state, arrays, theirs, tmp_path / "plain.pt", str(tmp_path / "ours.pt"), tmp_path / "wrapped.pt"):
         loaded = load_clip(source)
         assert all(torch.equal(v, state[k]) and v.dtype == torch.float64 for k, v in loaded.state_dict().items())
         assert not loaded.training

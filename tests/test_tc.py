@@ -448,6 +448,13 @@ def test_released_errors_list_the_keys():
         load_released(model, {k: v for k, v in state.items() if k != lost})
     with pytest.raises(ValueError, match="image_encoder_extra"):
         load_released(model, state | {"image_encoder_extra": np.zeros(2)})
+    attention, apart = "text_encoder.prompt_generation_layer.0.attn.", dict(state)
+    for kind in ("weight", "bias"):
+        parts = np.split(np.asarray(apart.pop(f"{attention}in_proj_{kind}")), 3)
+        apart |= {f"{attention}{part}_proj.{kind}": value for part, value in zip("qkv", parts)}
+    load_released(model, apart)
+    with pytest.raises(ValueError, match="k_proj.weight"):
+        load_released(model, {k: v for k, v in apart.items() if not k.endswith(".k_proj.weight")})
 
 
 def test_released_files_tell_their_config():
