@@ -1488,31 +1488,16 @@ def rows_of(result):
     return rows
 
 
-# the settings of ILA that have rows of their own in its tables
-ILA_TABLES = ("align", "blocks", "operator", "use", "rival", "host", "finetune", "video_prompt")
-
-
 def paper_row(recipe):
     """(name, {column: [top-1 in %]}) of a recipe's (a dict's) row in its paper, or None.
 
     The zero-shot rows are those of ensembled models.
     """
-    settings = recipe["model"]
-    parts = {name: recipe[name] for name in ("protocol", "method", "dataset", "clip", "frames")}
-    if settings.get("finetune") or settings.get("host") == "timesformer":
-        parts["clip"] = "ViT"  # a file of ImageNet-21k weights
-    known = knobs(evaluation.METHODS[recipe["method"]].config)
-    for name in ILA_TABLES:
-        if name in settings and settings[name] != known[name][1]:
-            parts[name] = f"{name}={settings[name]}"
-    key = " ".join(map(str, parts.values()))
-    if recipe["labels"] == "llm":
-        key += ", LLM names"
-    if key not in evaluation.PAPERS or recipe["checkpoint"]:
-        return None
-    columns = {column: [value] for column, value in evaluation.PAPERS[key].items()}
+    columns = {name: [value] for name, value in evaluation.paper_row(recipe).items()}
     kind = ", ensembled," if recipe["protocol"] == "zeroshot" else ""
-    return f"{recipe['method']}{kind} in its paper", columns
+    if recipe["checkpoint"]:
+        kind += ", from a Kinetics model,"
+    return (f"{recipe['method']}{kind} in its paper", columns) if columns else None
 
 
 def cell(values):

@@ -148,6 +148,34 @@ def test_released_ensembling():
     np.testing.assert_allclose(logits.numpy(), figures["logits"], rtol=0, atol=1e-9)
 
 
+TC_FILE = evaluation.VANILLA | {"method": "tc", "pixels": "imagenet"}  # as a released file tells it
+ILA_FILE = evaluation.VANILLA | {"method": "ila", "clip": "ViT-L/14", "frames": 8, "model": {"form": "released"}}
+OURS = TC_FILE | {"protocol": "fewshot", "dataset": "ucf101", "shots": 4, "checkpoint": "", "labels": "", "probe": False}
+
+
+@pytest.mark.parametrize("recipe, flags, weight, lines", [
+    (evaluation.VANILLA | {"pixels": "imagenet"}, "--test ucf101 --prompt {}", 1, ["vanilla CLIP: 63.2"]),
+    (evaluation.VANILLA, "--test ucf101", 1, []),
+    (TC_FILE, "--test k600 --checkpoint F --ensemble 0.7", 0.7, ["weight 0.7, mean of three splits: k600 75.8"]),
+    (TC_FILE, "--test k600 --checkpoint F --ensemble 0.7 --labels llm", 0.7, ["three splits: k600 78.1"]),
+    (TC_FILE | {"method": "vifi"}, "--test hmdb51 --checkpoint F --ensemble 0.7", 0.7, ["hmdb51 52.2"]),
+    (TC_FILE, "--test k600 --checkpoint F --ensemble 0.5", 0.5, []),
+    (TC_FILE, "--test k600 --checkpoint F", 1, []),  # the paper's are of the ensembled model
+    (TC_FILE, "--test hmdb51 --checkpoint F", 1,
+     ["few-shot, first split: 2 shots 57.3, 4 shots 62.3, 8 shots 67.3, 16 shots 68.6", "Kinetics model: 2 shots 65.3, "]),
+    (TC_FILE, "--test ucf101 --checkpoint F --half novel", 1, ["seeds: novel 78.0", "Kinetics model: novel 84.5"]),
+    (TC_FILE, "--test k400 --checkpoint F", 1, ["supervised: top-1 85.2, top-5 96.9"]),
+    (ILA_FILE, "--test k400 --checkpoint F", 1, ["supervised: top-1 88.0"]),
+    (OURS, "--test ucf101 --checkpoint F", 1, ["few-shot, first split: 4 shots 89.9"]),
+    (OURS, "--test hmdb51 --checkpoint F", 1, []),  # trained on other data
+    (OURS | {"probe": True}, "--test ucf101 --checkpoint F", 1, []),
+])
+def test_the_papers_number_stands_beside_what_reproduces_it(recipe, flags, weight, lines, monkeypatch):
+    monkeypatch.setattr(evaluation, "check_flags", lambda parser, args: args)  # the file F is not looked for
+    told = evaluation.paper_lines(evaluation.parse_args(flags.split()), recipe, weight)
+    assert len(told) == len(lines) and all(end in line for line, end in zip(told, lines)), told
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def test_zeroshot_counts_every_video_once_on_any_number_of_processes(world, checkpoint):
