@@ -264,10 +264,10 @@ def learning_rate(t, total, warmup, peak, lowest, schedule="released"):
 
 
 def parameter_groups(model, recipe):
-    """The optimiser's groups: CLIP's weights at lr, temporal positions and new modules at multiples of it.
+    """The optimiser's groups: CLIP's weights, temporal positions, new modules.
 
-    [released] local_global_bias counts as CLIP's; vectors, prompt layers and all that ILA adds are
-    new. A group's "multiple" is the factor on lr.
+    A group's rate is lr times its "multiple", which is 1 for CLIP's weights. [released]
+    local_global_bias counts as CLIP's; vectors, prompt layers and all that ILA adds are new.
     """
     groups = {}
     for name, parameter in model.named_parameters():
@@ -443,7 +443,7 @@ def refuse_other_files(folder):
 
 
 def differences(old, new):
-    """The settings in which two recipes (dicts) differ, in words; not those that change no result."""
+    """The settings in which two recipes (dicts) differ, in words, if they can change a result."""
     free = ("workers", "save_every", "compile", "checkpointing")
     return [f"{name} is {old.get(name)!r} there, {value!r} now"
             for name, value in new.items() if name not in free and old.get(name) != value]
@@ -603,6 +603,16 @@ def start(recipe, folder, train_videos, validation_videos, device):
                progress)
 
 
+def model_content(run):
+    """What last.pt and best.pt both hold: all that it takes to use the model."""
+    return {
+        "recipe": vars(run.recipe),
+        "classes": list(run.training.video_list.classes),
+        "model": run.model.state_dict(),
+        "clip": clip_facts(run.model.clip),
+    }
+
+
 def save_run(run):
     """Writes the whole state, from which the run goes on bit by bit, to folder/last.pt."""
     _, world = data.rank_and_world()
@@ -610,11 +620,7 @@ def save_run(run):
         for buffer in run.model.buffers():
             if buffer.is_floating_point():
                 dist.all_reduce(buffer.div_(world))
-    state = {
-        "recipe": vars(run.recipe),
-        "classes": list(run.training.video_list.classes),
-        "model": run.model.state_dict(),
-        "clip": clip_facts(run.model.clip),
+    state = model_content(run) | {
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "progress": run.progress,
@@ -822,16 +828,11 @@ def finish_epoch(run):
 
 
 def write_epoch(run, line, keep):
-    """Writes the log and the curves, best.pt if `keep`, and a line on the screen if it validated."""
+    """Writes log and curves, best.pt if `keep`, and a line on the screen if it validated."""
     epoch, history = line["epoch"], run.progress["history"]
     if keep:
-        best = {
-            "recipe": vars(run.recipe) | {"drawn": run.drawn},
-            "model": run.model.state_dict(),
-            "clip": clip_facts(run.model.clip),
-            "classes": list(run.training.video_list.classes),
-            "epoch": epoch,
-        }
+        best = model_content(run) | {"epoch": epoch}
+        best["recipe"] = best["recipe"] | {"drawn": run.drawn}
         save(run.folder / "best.pt", best)
     lines = "".join(json.dumps(old) + "\n" for old in history)
     evaluation.write_text(run.folder / "log.jsonl", lines)
@@ -1070,8 +1071,8 @@ MINIATURE = dict(  # teaches a tiny CLIP the order of frames in a minute
     frames=8, short_side=32, clips=1, shots=8, flip=0.0, scales=(1.0,), jitter=1.0, grey=0.0,
     shift=0.125, strengths=(0.15, 0.15, 0.0, 0.0), smoothing=0.0, mixup=0.0, cutmix=0.0, epochs=20,
     warmup_epochs=1.0, lr=5e-4, lr_min=0.0, new_lr=6.0, position_lr=40.0, schedule="continuous",
-    drop_last=False, batch=16, micro_batch=16, weight_decay=0.05, position_decay=0.0, clip_grad=1.0, eval_every=5,
-    save_every=100, keep_best=False, workers=0, keep_decoded=True)
+    drop_last=False, batch=16, micro_batch=16, weight_decay=0.05, position_decay=0.0, clip_grad=1.0,
+    eval_every=5, save_every=100, keep_best=False, workers=0, keep_decoded=True)
 MINIATURE_METHODS = {  # what a method changes there; one without a row changes nothing
     "vifi": dict(model=dict(prompt=PREFIX)),
     "tc": dict(model=dict(prompt=PREFIX, positions="joint", context_tokens=16)),
@@ -1157,7 +1158,7 @@ def is_true(caption, truth):
 
 
 def captioned_stills(rng, batch):
-    """Random pictures uint8 (batch,3,32,32), C captions, and which is true of which, bool (batch,C).
+    """Random pictures uint8 (batch,3,32,32), C captions, and which fits which, bool (batch,C).
 
     No caption comes twice. [ours] Shapes are never named: 32 pixels teach them last, and their long
     words slow the rest down.
