@@ -82,13 +82,12 @@ def frame_pairs(frames, align):
     """
     if align == "adjacent":
         pairs = [(t, t + 1) for t in range(frames - 1)]
-        own = [(t, 0) for t in range(frames - 1)]
-        own.append((frames - 2, 1))
+        left = frames - 1  # the frame that is first in no pair
     else:
-        reference = 0 if align == "first" else frames // 2
-        pairs = [(t, reference) for t in range(frames) if t != reference]
-        own = [(pair, 0) for pair in range(frames - 1)]
-        own.insert(reference, (max(reference - 1, 0), 1))
+        left = 0 if align == "first" else frames // 2
+        pairs = [(t, left) for t in range(frames) if t != left]
+    own = [(pair, 0) for pair in range(frames - 1)]
+    own.insert(left, (max(left - 1, 0), 1))
     return torch.tensor(pairs), torch.tensor(own)
 
 
@@ -367,29 +366,17 @@ def block_range(blocks, layers):
 
 # ---- the model -----------------------------------------------------------------------------------
 
-def check_head_names(names, known, config):
-    """Raises ValueError unless a linear head has these classes; `known` are those of before."""
-    outputs = config.num_classes
-    too_wide = config.form == "released-ssv2" and len(names) < outputs
-    if known not in (None, names) or len(names) != outputs and not too_wide:
-        raise ValueError(f"{len(names)} class names for a linear head of {outputs} classes: it "
-                         "knows only those that it was trained on")
-    if too_wide and known is None:
-        warnings.warn(f"the released head has {outputs} outputs; only the first {len(names)} are "
-                      "used, one for each class", stacklevel=3)
-
-
-def points_of_frames(points, config):
-    """Points of pairs, (B,T-1,2,2) for each block -> of frames, (B,T,2) for each block."""
-    _, own = frame_pairs(config.frames, config.align)
-    pair, side = own.T
-    return [block[:, pair, side] for block in points]
-
-
 def check_video(video, frames):
     if video.dim() != 5 or video.shape[1] != frames:
         raise ValueError(f"video of shape {tuple(video.shape)}; "
                          f"this model takes (B,{frames},3,R,R)")
+
+
+def first_rows(visual, video, frames):
+    """Normalised video (B,T,3,R,R) -> the first block's rows (B,T,N,D). Raises ValueError."""
+    check_video(video, frames)
+    x = visual.ln_pre(visual.tokens(video.flatten(0, 1)) + visual.positional_embedding)
+    return x.unflatten(0, video.shape[:2])
 
 
 def disturbance(epoch):
@@ -402,14 +389,50 @@ def is_text(name):
     return not name.startswith("visual.") and name != "logit_scale"
 
 
-class ILA(nn.Module):
+def linear_head(width, classes):
+    linear = start_normal(nn.Linear(width, classes))
+    return nn.Sequential(nn.LayerNorm(width), nn.Dropout(0.5), linear)
+
+
+class AlignedModel(nn.Module):
+    """What ILA on CLIP and in other hosts share. `encode`: video (B,T,3,R,R) -> Aligned."""
+
+    def __init__(self, clip, config):
+        super().__init__()
+        self.clip, self.config, self.names = clip, config, None
+        delta = torch.tensor(DISTURBANCE, dtype=clip.visual.class_embedding.dtype)
+        self.register_buffer("delta", delta)
+
+    def set_epoch(self, epoch):
+        """Sets the disturbance of the training points; epochs count from 0."""
+        self.delta.fill_(disturbance(epoch))
+
+    def check_head_names(self, names):
+        """Raises ValueError unless these are the classes of the linear head."""
+        outputs = self.config.num_classes
+        too_wide = self.config.form == "released-ssv2" and len(names) < outputs
+        if self.names not in (None, names) or len(names) != outputs and not too_wide:
+            raise ValueError(f"{len(names)} class names for a linear head of {outputs} classes: it "
+                             "knows only those that it was trained on")
+        if too_wide and self.names is None:
+            warnings.warn(f"the released head has {outputs} outputs; only the first {len(names)} "
+                          "are used, one for each class", stacklevel=3)
+
+    @torch.no_grad()
+    def interactive_points(self, video):
+        """For pictures: the point of each frame, (B,T,2) for each aligned block, first to last."""
+        _, own = frame_pairs(self.config.frames, self.config.align)
+        pair, side = own.T
+        return [points[:, pair, side] for points in self.encode(video).points]
+
+
+class ILA(AlignedModel):
     """CLIP with aligned frames, multi-frame integration, video-specific text or a linear head."""
 
     def __init__(self, clip, config=ILAConfig()):
-        super().__init__()
+        super().__init__(clip, config)
         if config.host != "clip":
             raise ValueError(f"host {config.host!r} is built by make_ila(clip, config)")
-        self.clip, self.config = clip, config
         embed = clip.visual.embed
         check_sizes(clip.visual, config)
         self.aligners = make_aligners(clip.visual, config)
@@ -420,25 +443,18 @@ class ILA(nn.Module):
             self.integration = self.frame_positions = None
         self.head = self.video_prompt = None
         if config.num_classes is not None:
-            linear = start_normal(nn.Linear(embed, config.num_classes))
-            self.head = nn.Sequential(nn.LayerNorm(embed), nn.Dropout(0.5), linear)
+            self.head = linear_head(embed, config.num_classes)
         else:
             require_text(clip, "ILA without num_classes")
         if self.head is None and config.video_prompt:
             self.video_prompt = VideoSpecificText(clip.visual.width, embed)
-        delta = torch.tensor(DISTURBANCE, dtype=clip.visual.class_embedding.dtype)
-        self.register_buffer("delta", delta)
         self.register_buffer("tokens", None, persistent=False)  # (n,C,L) of n templates
         self.text_cache = TextCache(clip)
-        self.names, self.used_outputs = None, config.num_classes
+        self.used_outputs = config.num_classes
         self.to(clip.visual.class_embedding)  # its device and dtype
         for name, parameter in clip.named_parameters():
             trains = self.head is None or config.finetune
             parameter.requires_grad_(trains and not is_text(name))
-
-    def set_epoch(self, epoch):
-        """Sets the disturbance of the training points; epochs count from 0."""
-        self.delta.fill_(disturbance(epoch))
 
     def set_classes(self, names, templates=("{}",)):
         """Class names as in the dataset's files; the text is the bare name, or `templates`' text.
@@ -452,7 +468,7 @@ class ILA(nn.Module):
             self.tokens = class_tokens(self.clip, names, templates)
             self.text_cache.drop()
         else:
-            check_head_names(names, self.names, self.config)
+            self.check_head_names(names)
             self.used_outputs = len(names)
         self.names = names
 
@@ -466,10 +482,8 @@ class ILA(nn.Module):
     def encode(self, video):
         """Normalised video (B,T,3,R,R) -> Aligned: the last block's rows x (B,T,N,D), the weighted
         alignment loss, and a list with the points (B,T-1,2,2) of each aligned block."""
-        check_video(video, self.config.frames)
         visual = self.clip.visual
-        x = visual.ln_pre(visual.tokens(video.flatten(0, 1)) + visual.positional_embedding)
-        x = x.unflatten(0, video.shape[:2])  # (B,T,N,D)
+        x = first_rows(visual, video, self.config.frames)  # (B,T,N,D)
         delta = self.delta if self.training else None
         return run_blocks(visual.transformer.resblocks, self.aligners, x, delta,
                           self.config.align_weight)
@@ -512,11 +526,6 @@ class ILA(nn.Module):
             text = self.video_prompt(text, x[:, :, 1:])  # (B,C,E)
         return cosine_logits(feature, text, self.clip.logit_scale), loss
 
-    @torch.no_grad()
-    def interactive_points(self, video):
-        """For pictures: the point of each frame, (B,T,2) for each aligned block, first to last."""
-        return points_of_frames(self.encode(video).points, self.config)
-
 
 # ---- the released form ---------------------------------------------------------------------------
 
@@ -530,11 +539,6 @@ def over_frames(first, second):
 def conv_norm_relu(c_in, c_out, kernel=3, groups=1):
     conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU())
-
-
-def conv_norm_pool_relu(c_in, c_out):
-    conv = nn.Conv2d(c_in, c_out, 3, padding=1)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.MaxPool2d(2), nn.ReLU())
 
 
 class SeparableConv(nn.Module):
@@ -567,7 +571,7 @@ class ReleasedAlignment(nn.Module):
             first = [SeparableConv(2 * width, 2 * c)]  # one of its layers
         self.interactive_block = nn.Sequential(*first, *conv_norm_relu(2 * c, 2 * c))
         self.prediction_block = nn.Sequential(
-            *conv_norm_pool_relu(2 * c, c), *conv_norm_pool_relu(c, c),
+            *conv_norm_relu(2 * c, c), nn.MaxPool2d(2), *conv_norm_relu(c, c), nn.MaxPool2d(2),
             nn.AdaptiveMaxPool2d(1), nn.Flatten(2),
             nn.Conv1d(c, c // 2, 1, groups=2), nn.ReLU(),
             start_zero(nn.Conv1d(c // 2, 4, 1, groups=2)), nn.Tanh())
@@ -668,11 +672,8 @@ class NoAlignment(nn.Module):
         return Aligned(run_block(block, x))
 
 
-class AveragePooling(nn.Module):
+class AveragePooling(NoAlignment):
     """An MI token without a mask: the mean of the frame's patches."""
-
-    def __init__(self, width, frames):
-        super().__init__()
 
     def forward(self, x, block, delta):
         return Aligned(run_block(block, x, x[:, :, 1:].mean(dim=2, keepdim=True)))
@@ -689,12 +690,9 @@ class DividedAttention(nn.Module):
         return Aligned(run_block(block, self.layer(x)))
 
 
-class TemporalShift(nn.Module):
+class TemporalShift(NoAlignment):
     """TSM in the attention branch: an eighth of the channels from the frame before, an eighth from
     the frame after, zeros at the ends."""
-
-    def __init__(self, width, frames):
-        super().__init__()
 
     def forward(self, x, block, delta):
         return Aligned(block.run(self.shifted_block, block, x))
@@ -709,13 +707,9 @@ class TemporalShift(nn.Module):
         return x + block.mlp(block.ln_2(x))
 
 
-class HungarianAlignment(nn.Module):
+class HungarianAlignment(DividedAttention):
     """ATA: patches of adjacent frames are matched one to one by cosine, and attention along time
     follows the tracks. The matching is exact and runs on the CPU: slow at full size."""
-
-    def __init__(self, width, frames):
-        super().__init__()
-        self.layer = TimeAttention(width, frames)
 
     def forward(self, x, block, delta):
         tracks = self.tracks(x)  # (B,T,N,1)
@@ -986,53 +980,42 @@ class EVL(nn.Module):
         self.aligners = make_aligners(visual, config)
         self.token = nn.Parameter(torch.zeros(width))
         self.layers = nn.ModuleList(EVLLayer(visual, config) for _ in range(config.decoder_layers))
-        linear = start_normal(nn.Linear(width, config.num_classes))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Dropout(0.5), linear)
+        self.head = linear_head(width, config.num_classes)
 
     def forward(self, visual, video, delta):
         """Video (B,T,3,R,R) -> Aligned, with the video's feature (B,D) for x."""
-        check_video(video, self.config.frames)
         frames, blocks = video.shape[:2], list(visual.transformer.resblocks)
         unread = len(blocks) - len(self.layers)
         read = [RecordedBlock(block) for block in blocks[unread:]]
         trains = any(parameter.requires_grad for parameter in self.aligners.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            x = visual.ln_pre(visual.tokens(video.flatten(0, 1)) + visual.positional_embedding)
-            _, loss, points = run_blocks(
-                blocks[:unread] + read, self.aligners, x.unflatten(0, frames), delta,
-                self.config.align_weight)
+            x = first_rows(visual, video, self.config.frames)  # (B,T,N,D)
+            _, loss, points = run_blocks(blocks[:unread] + read, self.aligners, x, delta,
+                                         self.config.align_weight)
         token = self.token.expand(frames[0], 1, -1)  # (B,1,D)
         for layer, block in zip(self.layers, read):
-            token = layer(token, block.out.unflatten(0, frames), block.q.unflatten(0, frames),
-                          block.k.unflatten(0, frames))
+            recorded = [value.unflatten(0, frames) for value in (block.out, block.q, block.k)]
+            token = layer(token, *recorded)
         return Aligned(token[:, 0], loss, points)
 
 
 HOSTS = {"timesformer": TimeSformer, "evl": EVL}
 
 
-class HostedILA(nn.Module):
+class HostedILA(AlignedModel):
     """ILA in another host, with a linear head. It is used as ILA is."""
 
     def __init__(self, clip, config):
-        super().__init__()
-        self.clip, self.config = clip, config
+        super().__init__(clip, config)
         self.host = HOSTS[config.host](clip.visual, config)
-        delta = torch.tensor(DISTURBANCE, dtype=clip.visual.class_embedding.dtype)
-        self.register_buffer("delta", delta)
-        self.names = None
         self.to(clip.visual.class_embedding)  # its device and dtype
         clip.requires_grad_(False)
         clip.visual.requires_grad_(self.host.trains_tower)
 
-    def set_epoch(self, epoch):
-        """Sets the disturbance of the training points; epochs count from 0."""
-        self.delta.fill_(disturbance(epoch))
-
     def set_classes(self, names):
         """Checks the names of the classes that the head knows. Raises ValueError."""
         names = list(no_string(names))
-        check_head_names(names, self.names, self.config)
+        self.check_head_names(names)
         self.names = names
 
     def encode(self, video):
@@ -1050,11 +1033,6 @@ class HostedILA(nn.Module):
         """Normalised video (B,T,3,R,R) -> logits (B,C), and the weighted alignment loss."""
         feature, loss, _ = self.encode(video)
         return self.host.head(feature), loss
-
-    @torch.no_grad()
-    def interactive_points(self, video):
-        """For pictures: the point of each frame, (B,T,2) for each aligned block, first to last."""
-        return points_of_frames(self.encode(video).points, self.config)
 
 
 def make_ila(clip, config=ILAConfig()):
@@ -1124,9 +1102,8 @@ def from_timesformer(state):
     """A released TimeSformer's state_dict -> (ILAConfig, {our key: tensor})."""
     state = renamed(state, TIMESFORMER_NAMES)
     state["host.positions"] = state["host.positions"].transpose(0, 1)  # (T,1,D)
-    tower = from_timm({key: value for key, value in state.items() if not key.startswith("host.")})
-    state = {key: value for key, value in state.items() if key.startswith("host.")}
-    for key, value in tower.items():
+    tower = {key: state.pop(key) for key in list(state) if not key.startswith("host.")}
+    for key, value in from_timm(tower).items():
         state["clip." + key] = value
     frames, classes = len(state["host.positions"]), len(state["host.head.weight"])
     return ILAConfig(frames, host="timesformer", rival="divided", num_classes=classes), state

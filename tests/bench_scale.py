@@ -30,8 +30,11 @@ import train  # noqa: E402
 from clip_vit import Block, read_checkpoint  # noqa: E402
 
 B16 = dict(resolution=224, patch=16, vision_width=768, vision_layers=12, text_width=512, text_layers=12, embed=512,
-           text_length=77)
+           context=77)
 SETTINGS = {"tc": {"prompt": "a pic"}, "ila": {}, "vifi": {"prompt": "a pic"}}
+HEADS = {  # the same tower under a linear head: EVL's decoder over it trains, or the tower itself
+    "evl": {"host": "evl", "rival": "none", "num_classes": 50},
+    "full fine-tuning": {"finetune": True, "rival": "none", "num_classes": 50}}
 
 
 def timed(call):
@@ -121,9 +124,11 @@ def collectives(_):
     torch.multiprocessing.spawn(collective, (29_876,), nprocs=2)
 
 
-def one_step(method, checkpointing, batch, results):
+def one_step(name, checkpointing, batch, results):
     """Memory in GB at most, and seconds, of forward and backward on videos of 8 frames, 50 classes, at ViT-B/16."""
-    model = evaluation.build_model({"method": method, "frames": 8, "model": SETTINGS[method]}, tiny_clip(**B16)).train()
+    method = "ila" if name in HEADS else name
+    settings = (SETTINGS | HEADS)[name]
+    model = evaluation.build_model({"method": method, "frames": 8, "model": settings}, tiny_clip(**B16)).train()
     model.set_classes([f"{i:07d}" for i in range(50)])
     for block in (module for module in model.modules() if isinstance(module, Block)):
         block.checkpointing = checkpointing
@@ -141,9 +146,9 @@ def memory(_):
     context = multiprocessing.get_context("spawn")
     print("memory, ViT-B/16, 8 frames, fp32, weights and gradients included: GB at most")
     print(f"{'':22}{'1 video':>9}{'a further one':>15}{'seconds':>9}{'ratio':>7}")
-    for method in SETTINGS:
+    for method in (*SETTINGS, *HEADS):
         plain = None
-        for checkpointing in (False, True):
+        for checkpointing in (False,) if method in HEADS else (False, True):
             found = []
             for batch in (1, 3):
                 results = context.SimpleQueue()

@@ -178,6 +178,123 @@ def test_released_files(name, file, views, tmp_path):
     again.load_state_dict(model.state_dict())
 
 
+# ---- other sizes, by loops -------------------------------------------------------------------------------------------
+
+OTHER = dict(width=192, layers=3, grid=3, patch=8, frames=5, classes=4)  # three heads
+
+
+def other_state(shapes):
+    return {key: torch.from_numpy(weights.tensor(key, shape)) for key, shape in shapes.items()}
+
+
+def linear_shapes(name, out, into):
+    return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+
+def norm_shapes(*names):
+    return {f"{name}.{kind}": (OTHER["width"],) for name in names for kind in ("weight", "bias")}
+
+
+def attend(x, y, parts):
+    """Attention of x (n,D) on y (m,D), head by head; `parts` are four pairs of a weight and a bias."""
+    q, k, v = (F.linear(rows, *part) for rows, part in zip((x, y, y), parts))
+    heads = [(q[:, h:h + 64] @ k[:, h:h + 64].T / 8).softmax(dim=-1) @ v[:, h:h + 64] for h in range(0, x.shape[1], 64)]
+    return F.linear(torch.cat(heads, dim=1), *parts[3])
+
+
+@torch.no_grad()
+def test_timesformer_of_another_size():
+    D, layers, g, patch, T, C = OTHER.values()
+    shapes = {"cls_token": (1, 1, D), "pos_embed": (1, g * g + 1, D), "time_embed": (1, T, D),
+              "patch_embed.proj.weight": (D, 3, patch, patch), "patch_embed.proj.bias": (D,),
+              **norm_shapes("norm"), **linear_shapes("head", C, D)}
+    for b in (f"blocks.{i}." for i in range(layers)):
+        shapes |= norm_shapes(b + "norm1", b + "norm2", b + "temporal_norm1") | linear_shapes(b + "temporal_fc", D, D)
+        shapes |= linear_shapes(b + "mlp.fc1", 4 * D, D) | linear_shapes(b + "mlp.fc2", D, 4 * D)
+        for attn in (b + "attn", b + "temporal_attn"):
+            shapes |= linear_shapes(attn + ".qkv", 3 * D, D) | linear_shapes(attn + ".proj", D, D)
+    s = other_state(shapes)
+
+    def linear(x, name):
+        return F.linear(x, s[name + ".weight"], s[name + ".bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, (D,), s[name + ".weight"], s[name + ".bias"], 1e-6)
+
+    def attention(x, name):
+        qkv = zip(s[name + ".qkv.weight"].chunk(3), s[name + ".qkv.bias"].chunk(3))
+        return attend(x, x, [*qkv, (s[name + ".proj.weight"], s[name + ".proj.bias"])])
+
+    videos = torch.from_numpy(weights.video(2, T, g * patch, "other"))
+    got = released({"model." + key: value for key, value in s.items()})(videos)[0]
+    for n in range(2):
+        maps = F.conv2d(videos[n], s["patch_embed.proj.weight"], s["patch_embed.proj.bias"], stride=patch)
+        x = maps.flatten(2).mT + s["pos_embed"][0, 1:] + s["time_embed"][0, :, None]  # (T,P,D)
+        cls = s["cls_token"][0] + s["pos_embed"][0, :1]  # (1,D)
+        for b in (f"blocks.{i}." for i in range(layers)):
+            for p in range(g * g):
+                x[:, p] += linear(attention(norm(x[:, p], b + "temporal_norm1"), b + "temporal_attn"), b + "temporal_fc")
+            seen = [attention(norm(torch.cat([cls, x[t]]), b + "norm1"), b + "attn") for t in range(T)]
+            x = torch.stack([x[t] + seen[t][1:] for t in range(T)])
+            cls = cls + sum(r[:1] for r in seen) / T
+            x, cls = (y + linear(F.gelu(linear(norm(y, b + "norm2"), b + "mlp.fc1")), b + "mlp.fc2") for y in (x, cls))
+        agree(got[n], linear(norm(cls, "norm"), "head")[0].numpy())
+
+
+@torch.no_grad()
+def test_evl_of_another_size():
+    D, layers, g, patch, T, C = OTHER.values()
+    read, hidden = 2, 3 * D
+    shapes = {"decoder.cls_token": (D,), **norm_shapes("proj.0"), **linear_shapes("proj.2", C, D)}
+    for i in range(read):
+        a = f"decoder.decoder_layers.{i}."
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= linear_shapes(f"{a}attn.{part}", D, D)
+        shapes |= linear_shapes(a + "mlp.fc1", hidden, D) | linear_shapes(a + "mlp.fc2", D, hidden)
+        shapes |= norm_shapes(a + "norm1", a + "norm2", a + "norm3")
+        shapes |= {f"decoder.temporal_conv.{i}.weight": (D, 1, 3), f"decoder.temporal_conv.{i}.bias": (D,),
+                   f"decoder.temporal_pos_embed.{i}": (T, D)}
+        shapes |= {f"decoder.cross_attention.{i}.{w}": ((2 * g - 1) ** 2, D) for w in ("w1", "w2")}
+    s = other_state(shapes)
+
+    def pair(name):
+        return s[name + ".weight"], s[name + ".bias"]
+    clip = tiny_clip(torch.float64, resolution=g * patch, patch=patch, vision_width=D, vision_layers=layers)
+    model = make_ila(clip, released_config(s)).eval()
+    load_released(model, s)
+    videos = torch.from_numpy(weights.video(2, T, g * patch, "other"))
+    got = model(videos)[0]
+    for n in range(2):
+        x = clip.visual.ln_pre(clip.visual.tokens(videos[n]) + clip.visual.positional_embedding)
+        token = s["decoder.cls_token"][None]
+        for i, block in enumerate(clip.visual.transformer.resblocks, start=read - layers):
+            w, b = block.attn.in_proj_weight, block.attn.in_proj_bias
+            q, k, _ = F.linear(block.ln_1(x), w, b).chunk(3, dim=-1)
+            x = block(x)
+            if i < 0:
+                continue
+            a, y = f"decoder.decoder_layers.{i}.", x.clone()
+            kernel, bias = pair(f"decoder.temporal_conv.{i}")
+            for t in range(T):
+                y[t] += bias + s[f"decoder.temporal_pos_embed.{i}"][t]
+                for other in range(max(t - 1, 0), min(t + 2, T)):
+                    y[t] += kernel[:, 0, 1 + other - t] * x[other]
+                for other, w in ((t - 1, "w1"), (t + 1, "w2")):
+                    if 0 <= other < T:
+                        A = sum((q[t, 1:, h:h + 64] @ k[other, 1:, h:h + 64].T / 8).softmax(dim=-1)
+                                for h in range(0, D, 64)) / (D // 64)
+                        for p in range(g * g):
+                            for o in range(g * g):
+                                r = (p // g - o // g + g - 1) * (2 * g - 1) + p % g - o % g + g - 1
+                                y[t, 1 + p] += A[p, o] * s[f"decoder.cross_attention.{i}.{w}"][r]
+            rows = F.layer_norm(y.flatten(0, 1), (D,), *pair(a + "norm3"))
+            parts = [pair(f"{a}attn.{part}") for part in ("q_proj", "k_proj", "v_proj", "out_proj")]
+            token = token + attend(F.layer_norm(token, (D,), *pair(a + "norm1")), rows, parts)
+            h = F.linear(F.layer_norm(token, (D,), *pair(a + "norm2")), *pair(a + "mlp.fc1"))
+            token = token + F.linear(h * torch.sigmoid(1.702 * h), *pair(a + "mlp.fc2"))
+        agree(got[n], F.linear(F.layer_norm(token, (D,), *pair("proj.0")), *pair("proj.2"))[0].numpy())
+
+
 # ---- what every host promises ----------------------------------------------------------------------------------------
 
 @each_kind
