@@ -1787,7 +1787,8 @@ def base_and_novel(files, listing, classes, base="", train=None):
     if base:
         chosen = chosen_classes(base, classes)
         return chosen, [label for label in range(len(classes)) if label not in chosen]
-    if files.known and all(names):
+    if files.known and any(names):  # one alone would number the classes in another order
+        names = [files.need(f"{prefix}_{half}_labels.csv") for half in ("base", "novel")]
         with expecting(names[0], "and in its _novel_ twin, names of the data set's classes"):
             return tuple([classes.index(name) for name in published_names(files, path)]
                          for path in names)
@@ -1891,8 +1892,6 @@ def left_out(videos, keys):
     count = len(videos.paths) - len(kept)
     if count == 0:
         return videos
-    if not kept:
-        raise ValueError(f"{videos.source}: the model was trained on all of its videos")
     return videos.keep(kept).note(f"{count} of {len(videos.paths)} videos are left out: the model "
                                   "was trained on them")
 
@@ -1932,7 +1931,15 @@ def load_tests(dataset, root, test_list="", labels="", upstream_labels=False, ha
     else:
         tests = {name: named(videos, files, labels, upstream_labels)
                  for name, videos in tests.items()}
-    return {name: left_out(videos, leave_out) for name, videos in tests.items()}
+    rest = {name: left_out(videos, leave_out) for name, videos in tests.items()}
+    gone = [name for name, videos in rest.items() if len(videos.paths) == 0]
+    if len(gone) == len(rest):
+        raise ValueError(f"the model was trained on all videos of {some(gone)}: none is left")
+    tests = {name: videos for name, videos in rest.items() if name not in gone}
+    if gone:
+        note = f"{some(gone)} is left out: the model was trained on all of its videos"
+        tests = {name: videos.note(note) for name, videos in tests.items()}
+    return tests
 
 
 def also_trained_on(train, test):

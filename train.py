@@ -501,7 +501,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: dict  # all of the run's state that is neither weights nor optimiser
-    drawn: tuple = ()  # the training videos, below the data folder, if a protocol drew them
+    trained_on: tuple = ()  # data.keys_of the training videos: tests leave them out
 
     @property
     def per_epoch(self):
@@ -831,8 +831,7 @@ def write_epoch(run, line, keep):
     """Writes log and curves, best.pt if `keep`, and a line on the screen if it validated."""
     epoch, history = line["epoch"], run.progress["history"]
     if keep:
-        best = model_content(run) | {"epoch": epoch}
-        best["recipe"] = best["recipe"] | {"drawn": run.drawn}
+        best = model_content(run) | {"trained_on": run.trained_on, "epoch": epoch}
         save(run.folder / "best.pt", best)
     lines = "".join(json.dumps(old) + "\n" for old in history)
     evaluation.write_text(run.folder / "log.jsonl", lines)
@@ -1047,7 +1046,7 @@ def run_recipe(recipe, root, folder, device):
         for videos in (*tests.values(), train_videos):  # refuse names now, not after the training
             run.model.set_classes(videos.classes)
         if recipe.protocol in data.FEW_SHOT:
-            run.drawn = tuple(os.path.relpath(path, root) for path in train_videos.paths)
+            run.trained_on = data.keys_of(train_videos)
         rank, _ = data.rank_and_world()
         if rank == 0:  # only now: a start that fails leaves no trace
             evaluation.write_json(folder / "recipe.json", described)

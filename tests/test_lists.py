@@ -818,6 +818,11 @@ def test_the_official_folders_laid_into_a_data_folder(tmp_path, dataset, short):
     assert len({frozenset(paths) for paths in drawn}) == 4
     few, _ = data.load_protocol("base2novel", dataset, root, 4, 1)  # no list of 4
     assert few.source == "drawn with seed 1 from base_train.txt" and len(few.paths) == 4 * len(few.classes)
+    (alone,) = root.rglob(f"{short}_*_novel_labels.csv")
+    names = alone.read_bytes()
+    alone.unlink()  # the base classes' numbers would be another order's
+    assert f"{alone.name} is missing" in refusal("base2novel", dataset, root, 16, 1)
+    alone.write_bytes(names)
     if dataset == "hmdb51":
         train, halves = data.load_protocol("base2novel", dataset, root, 16, 1, labels="llm")
         assert owner_by_name(train)["sword_exercise"].startswith("Sword exercise: ")
@@ -915,7 +920,7 @@ def test_training_videos_are_left_out_of_a_test(tmp_path):
     (left,) = data.load_tests("folder", tmp_path / "elsewhere", leave_out=keys).values()
     assert len(left.paths) in (6, 7)
     everything = data.keys_of(data.class_folders(tmp_path / "elsewhere"))
-    assert "trained on all of its videos" in refusal("folder", tmp_path / "elsewhere", leave_out=everything)
+    assert "trained on all videos of" in refusal("folder", tmp_path / "elsewhere", leave_out=everything)
     (whole,) = data.load_tests("folder", tmp_path / "elsewhere", leave_out=["other/0.mp4 1"]).values()
     assert len(whole.paths) == 10 and not whole.notes
 

@@ -215,3 +215,29 @@ def test_the_papers_numbers_stand_beside(root):
         for column, number in zip(evaluation.PAPER_COLUMNS[protocol], numbers):  # right-aligned below its title, beside ours
             end = title.index(column) + len(column)
             assert paper[:end].endswith(f" {number}") and ours[end - 1].isdigit(), (key, column)
+
+
+@pytest.mark.parametrize("dataset", ["folder", "hmdb51"])
+def test_a_few_shot_checkpoint_is_not_tested_on_its_own_training_videos(root, tmp_path, dataset, capsys):
+    """Drawn from one's own folders, and the videos of split 1's training list that split 2 tests on."""
+    if dataset == "folder":
+        place = tmp_path / "data" / "folder"
+        for name in archives.UCF[:2]:
+            for i in range(4):
+                archives.write_video(place / name / f"{i}.mp4", name, archives.UCF[:2], i)
+    else:
+        place = tmp_path / "data" / "hmdb51"
+        shutil.copytree(root / "hmdb51", place)
+        for path in place.rglob("*_test_split2.txt"):  # tests on what split 1 trains on
+            path.write_bytes(path.with_name(path.name.replace("split2", "split1")).read_bytes()
+                             .replace(b" 2", b" 0").replace(b" 1", b" 2"))
+    shutil.copy(root / "clip.pt", place.parent / "clip.pt")
+    run(place.parent, tmp_path / "run", "fewshot", dataset)
+    train, _ = data.load_protocol("fewshot", dataset, place, 2, 1024)
+    capsys.readouterr()
+    assert zeroshot(place.parent, dataset, "--checkpoint", tmp_path / "run" / "best.pt") == 0
+    said = capsys.readouterr()
+    whole = list(data.load_tests(dataset, place).values())[-1 if dataset == "folder" else 1]
+    left = len({*whole.paths} & {*train.paths})
+    assert left == len(train.paths)
+    assert f"{left} of {len(whole.paths)} videos are left out: the model was trained on them" in said.out + said.err
