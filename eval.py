@@ -842,14 +842,11 @@ def draw_clip(model, clip, path, classes, probabilities, pixels="imagenet", name
 # ---- classes over time -----------------------------------------------------------------------
 
 def frames_over_time(frames, count, last):
-    """Of frames [(seconds, (3,R,R))] those on at the middle of `count` equal parts of the time."""
+    """Of frames [(seconds, (3,R,R))] those nearest to the middle of `count` equal parts of time."""
     if len(frames) == count:
         return frames
-    shown = []
-    for i in range(count):
-        past = [frame for frame in frames if frame[0] <= (i + 0.5) / count * last]
-        shown.append(past[-1] if past else frames[0])
-    return shown
+    middles = [(i + 0.5) / count * last for i in range(count)]
+    return [min(frames, key=lambda frame: abs(frame[0] - middle)) for middle in middles]
 
 
 STRIP_LEFT, STRIP_WIDTH = 330, 1190  # pixels: where time begins, and how long all of it is
@@ -1167,7 +1164,8 @@ def is_refusal(error):
 
 def error_line(error):
     """What the user is told of an error, in one short line; None for what only a bug causes."""
-    message = data.quoted(" ".join(str(error).split()), 220)
+    message = " ".join(str(error).split())
+    message = data.quoted(message, 290 if is_refusal(error) else 220)
     if re.search(TOO_MANY_FILES, message):
         return "too many open files: raise the limit, as with `ulimit -n 4096`, or lower workers"
     if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, message):
@@ -1408,7 +1406,8 @@ def paper_lines(args, recipe, weight):
     columns = paper_columns(args, recipe, weight)
     for run in trained_as(args, recipe):
         row = {} if recipe.get("probe") else paper_row(run)
-        numbers = [f"{name} {row[name]}" for name in columns.get(run["protocol"], ()) if name in row]
+        shown = columns.get(run["protocol"], ())
+        numbers = [f"{name} {row[name]}" for name in shown if name in row]
         if numbers:
             start = ", from a Kinetics model" if run["checkpoint"] else ""
             lines.append(f"in the paper, {TESTED_AS[run['protocol']]}{start}: {', '.join(numbers)}")
@@ -1464,12 +1463,26 @@ def test_all(args, chosen, weight, tests, subsets):
             print(describe_scores(f"{prefix} {name}", results[name]), file=output)
     if first and "split2" in results:
         top1 = [100 * scores["top1"] for scores in results.values()]
-        print(f"{args.test}: top-1 {np.mean(top1):.2f} +- {np.std(top1):.2f} over {len(top1)} splits",
+        mean = f"{np.mean(top1):.2f} +- {np.std(top1):.2f}"
+        print(f"{args.test}: top-1 {mean} over {len(top1)} splits",
               file=output)
     if first:
         for line in paper_lines(args, chosen.recipe, weight):
             print(line, file=output)
     return results
+
+
+def has_linear_head(recipe):
+    """Whether a recipe (a dict) makes a model that knows only its training classes."""
+    return bool(recipe.get("probe") or recipe["model"].get("num_classes"))
+
+
+def known_tests(recipe, classes, tests):
+    """The test sets that a model can do: a linear head only those of its training's classes."""
+    if not has_linear_head(recipe):
+        return tests
+    known = {name: videos for name, videos in tests.items() if list(videos.classes) == list(classes)}
+    return known or tests  # if it knows none, set_classes says so
 
 
 def run_test(args):
@@ -1486,8 +1499,14 @@ def run_test(args):
     chosen = chosen_model(args, default_clip)
     if chosen.recipe.get("trained_on"):
         tests = load_test_sets(args, chosen.recipe["trained_on"])
+    known = known_tests(chosen.recipe, chosen.recipe.get("classes", ()), tests)
     if first:
         print(describe_chosen(chosen), file=sys.stderr)
+        for name in tests.keys() - known.keys():
+            print(f"{name}: left out, since a linear head knows only the classes of its training",
+                  file=sys.stderr)
+    tests = known
+    if first:
         for name, video_list in tests.items():
             for note in video_list.notes:
                 print(f"{name}: {note}", file=sys.stderr)
@@ -1691,7 +1710,7 @@ def classify_video(chosen, path, names, args, picture):
         lines = [] if windows else [data.quoted(path, 300)]
         if args.every:
             lines.append(describe_window(window, titles, args.top or 3))
-            frames.add((window.start, window.clip[len(window.clip) // 2]))
+            frames.add(((window.start + window.end) / 2, window.clip[len(window.clip) // 2]))
             window = window._replace(clip=None)
         elif names:
             lines += describe_whole(chosen, window, titles, args.top or 5)

@@ -961,23 +961,6 @@ def read_best(run):
     return best
 
 
-def has_linear_head(recipe):
-    """Whether a recipe (a dict) makes a model that knows only its training classes."""
-    return bool(recipe["probe"] or recipe["model"].get("num_classes"))
-
-
-def known_tests(recipe, train_videos, tests):
-    """The test sets whose classes a linear head (num_classes, probe) knows, if there are any.
-
-    base2novel needs both halves and keeps them.
-    """
-    known = {name: videos for name, videos in tests.items()
-             if list(videos.classes) == list(train_videos.classes)}
-    if not has_linear_head(vars(recipe)) or not known or recipe.protocol == "base2novel":
-        return tests
-    return known
-
-
 def test_best(run, tests, root):
     """The results of a trained run, from its best.pt, as results.json has them."""
     recipe, history = run.recipe, run.progress["history"]
@@ -1033,7 +1016,8 @@ def run_recipe(recipe, root, folder, device):
     described = evaluation.describe_data([train_videos, *tests.values()])
     data.check_same_data(described)  # before anything else: else processes wait for one another
     all_tests = tests
-    tests = known_tests(recipe, train_videos, tests)
+    if recipe.protocol != "base2novel":  # which needs both halves
+        tests = evaluation.known_tests(vars(recipe), train_videos.classes, tests)
     recipe = fit_recipe(recipe, len(train_videos.paths), device)
     described = vars(recipe) | {"data": described}
     with contextlib.ExitStack() as stack:
@@ -1254,7 +1238,7 @@ def draw_miniature(root, results, path):
     names = ("red to blue", "blue to red")
     models = {}
     for folder, result in results.items():
-        if has_linear_head(result["recipe"]):
+        if evaluation.has_linear_head(result["recipe"]):
             continue
         title = evaluation.METHODS[result["recipe"]["method"]].title
         if title not in models:
@@ -1380,8 +1364,8 @@ def runs_of(protocol, settings):
     """
     swept, others = {}, []
     for setting in settings:
-        name, _, text = setting.partition("=")
-        if name in SWEPT:
+        name, equals, text = setting.partition("=")
+        if equals and name in SWEPT:
             swept[name] = text.split(",")
         else:
             others.append(setting)

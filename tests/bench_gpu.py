@@ -165,7 +165,8 @@ GIGA = {"vifi": 261.6, "tc": 282.9, "ila": 292.2}  # multiply-adds a video, B/16
 
 def print_row(label, batch, seconds, base, peak, share):
     ratio = f"{seconds / batch / base:8.2f}" if base else f"{'':8}"
-    print(f"{label:44}{batch:6}{batch / seconds:10.1f}{ratio}{peak:9.1f}{share:8.0%}", flush=True)
+    part = f"{share:8.0%}" if share else ""
+    print(f"{label:44}{batch:6}{batch / seconds:10.1f}{ratio}{peak:9.1f}{part}", flush=True)
 
 
 def speed(args, device, peak_rate):
@@ -328,15 +329,23 @@ def kill_and_resume(world, folder):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    step_at = read_checkpoint(last)["progress"]["step"] if last.exists() else 0
-    for name in ("killed", "undisturbed"):
+    if not last.exists():
+        print("killed with -9: there was no checkpoint yet")
+        return
+    step_at = read_checkpoint(last)["progress"]["step"]
+    weights = {}
+    for name in ("killed", "undisturbed", "again"):
         finish(train_words(world, folder / name, *settings))
-    one, two = (read_checkpoint(folder / name / "last.pt")["model"]
-                for name in ("killed", "undisturbed"))
-    worst = max(((one[key].double() - two[key].double()).norm() /
-                 two[key].double().norm().clamp(min=1e-12)).item() for key in one)
-    print(f"killed with -9 at step {step_at}, resumed, against an undisturbed run: largest relative "
-          f"difference of a tensor {worst:.1e}")
+        weights[name] = read_checkpoint(folder / name / "last.pt")["model"]
+    print(f"largest relative difference of a tensor from an undisturbed run's: killed with -9 at step "
+          f"{step_at} and resumed {difference(weights['killed'], weights['undisturbed']):.1e}, "
+          f"undisturbed once more {difference(weights['again'], weights['undisturbed']):.1e}")
+
+
+def difference(one, two):
+    """The largest norm of a tensor's difference over the norm of that tensor."""
+    return max(((one[key].double() - two[key].double()).norm() /
+                two[key].double().norm().clamp(min=1e-12)).item() for key in one)
 
 
 def runs(args):
