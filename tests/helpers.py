@@ -1,6 +1,6 @@
-"""What the tests share: a tiny random CLIP, and where the released code's figures lie."""
+"""What the tests share: a tiny random CLIP, and where figures, clips and lists lie."""
 
-import sys
+import os
 from pathlib import Path
 
 import pytest
@@ -8,8 +8,17 @@ import torch
 
 from clip_vit import CLIP, clip_facts, load_clip
 
+FIGURES = Path(__file__).resolve().parent / "figures"  # the released codes' and the libraries' figures
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MERGES = SHARED / "vocab" / "bpe_simple_vocab_16e6.txt.gz"
+if not MERGES.is_file():  # as a user's clone: the file that was downloaded once, if it was
+    MERGES = Path(os.path.expanduser("~/.cache/clip")) / MERGES.name
+
+
+def need_merges():
+    """Skips a test whose class names need CLIP's vocabulary, where that is not to be had."""
+    if not MERGES.is_file():
+        pytest.skip(f"CLIP's vocabulary, {MERGES.name}, is neither in ../shared/vocab nor in ~/.cache/clip")
 
 
 def tiny_clip(dtype=torch.float32, resolution=32, patch=8, vision_width=128, vision_layers=4, text_width=128,
@@ -39,12 +48,3 @@ def save_clip(path, **sizes):
     """Writes a tiny CLIP to a file that tells its activation, as this project's own files do."""
     clip = tiny_clip(**sizes)
     torch.save({"model": clip.state_dict(), "clip": clip_facts(clip)}, path)
-
-
-def shared_weights():
-    """The generator of the synthetic weights behind the released code's figures; skips where the folder is absent."""
-    if not (SHARED / "parity").is_dir():
-        pytest.skip("the released code's figures (../shared/parity) are not here")
-    sys.path.insert(0, str(SHARED / "parity"))
-    import weights
-    return weights

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from figures import make_files, weights
-from helpers import MERGES, SHARED, shared_weights, tiny_clip
+from helpers import MERGES, tiny_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -251,9 +251,8 @@ def test_split_capitals(name):
 
 
 def test_released_prompts():
-    shared_weights()
-    notes = json.loads((SHARED / "parity" / "k_prompts.json").read_text())
-    figures = np.load(SHARED / "parity" / "k_prompts.npz")
+    notes = json.loads((FIGURES / "k_prompts.json").read_text())
+    figures = np.load(FIGURES / "k_prompts.npz")
     names = [split_capitals(name) for name in notes["raw"]]
     assert [f"a photo of a {name}." for name in names] == notes["vifi"]
     assert [f"a photo of a {name.replace('_', ' ')}." for name in names] == notes["tc"]
@@ -359,8 +358,7 @@ def test_methods_with_text_say_that_there_is_none():
 @torch.no_grad()
 @pytest.mark.parametrize("fixture, arch", [("a_openai_tiny", "tiny"), ("a_openai_b16", "ViT-B/16")])
 def test_released_figures(fixture, arch):
-    shared_weights()
-    figures = np.load(SHARED / "parity" / f"{fixture}.npz")
+    figures = np.load(FIGURES / f"{fixture}.npz")
     clip = load_clip(weights.openai_state_dict(arch), MERGES)
     tokens = clip.tokenize(weights.CLASS_NAMES)
     assert (tokens.numpy() == figures["tokens"]).all()
@@ -368,7 +366,7 @@ def test_released_figures(fixture, arch):
     np.testing.assert_allclose(images.numpy(), figures["image_features"], rtol=0, atol=1e-10)
     np.testing.assert_allclose(clip.encode_text(tokens).numpy(), figures["text_features"], rtol=0, atol=1e-10)
     if arch == "ViT-B/16":
-        pool, figures = FramePool(clip).eval(), np.load(SHARED / "parity" / "b_vifi_b16_t8.npz")
+        pool, figures = FramePool(clip).eval(), np.load(FIGURES / "b_vifi_b16_t8.npz")
         pool.set_classes(weights.CLASS_NAMES)
         logits, _ = pool(torch.from_numpy(weights.video(2, 8, 224)))
         np.testing.assert_allclose(logits.numpy(), figures["logits"], rtol=0, atol=1e-9)

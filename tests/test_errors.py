@@ -16,7 +16,8 @@ import archives
 import numpy as np
 import pytest
 import torch
-from helpers import MERGES, shared_weights, save_clip
+from figures import weights
+from helpers import MERGES, save_clip
 
 import data
 import eval as evaluation
@@ -284,7 +285,7 @@ def test_what_is_for_one_process_says_so(task, monkeypatch, capsys):
 
 def test_a_released_checkpoint_with_another_clip(world, things, tmp_path, capsys):
     from test_tc import released_state
-    state, _ = released_state(shared_weights(), "tiny", 1)
+    state, _ = released_state(weights, "tiny", 1)
     state["prompt_learner.ctx"] = np.zeros((4, 512))
     torch.save({key: torch.as_tensor(value).float() for key, value in state.items()}, tmp_path / "released.pth")
     video = data.videos_below(world / "base")[0]

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import MERGES, SHARED, shared_weights, save_clip, tiny_clip
+from figures import weights
+from helpers import FIGURES, MERGES, SHARED, need_merges, save_clip, tiny_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -132,11 +133,11 @@ def test_ensembling_mixes_clip_and_keeps_what_it_lacks():
 @torch.no_grad()
 def test_released_ensembling():
     from test_tc import released_model
-    weights = shared_weights()
-    figures = np.load(SHARED / "parity" / "i_wiseft.npz")
+    need_merges()
+    figures = np.load(FIGURES / "i_wiseft.npz")
     model, _ = released_model("tiny", frames=4)
     base, tuned = model.state_dict(), {}
-    layout = json.loads((SHARED / "parity" / "released_layouts.json").read_text())["tc tiny T=4"]
+    layout = json.loads((FIGURES / "released_layouts.json").read_text())["tc tiny T=4"]
     fresh = {f"ft.{name}": weights.tensor(f"ft.{name}", shape) for name, shape in layout.items()}
     fresh["ft.logit_scale"] = weights.tensor("ft.logit.bias", ())
     from video_prompt import load_released
@@ -356,7 +357,7 @@ def test_real_clips_train_and_are_evaluated(tmp_path):
 @torch.no_grad()
 def test_a_released_checkpoint_is_read_and_used(tmp_path, capsys):
     from test_tc import released_state
-    weights = shared_weights()
+    need_merges()
     state, openai = released_state(weights, "tiny", 1)
     state["prompt_learner.ctx"] = np.zeros((4, 512))
     torch.save({"model": {f"module.{k}": torch.as_tensor(v).float() for k, v in state.items()}, "epoch": 3}, tmp_path / "released.pth")

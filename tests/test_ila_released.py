@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from figures import weights
-from helpers import MERGES, SHARED, shared_weights, tiny_clip
+from helpers import MERGES, need_merges, tiny_clip
 from test_ila import clips, lively, toy
 
 from clip_vit import VisionOnly, load_clip
@@ -149,8 +149,8 @@ def test_small_figures():
 @pytest.fixture(scope="module")
 def released():
     """build(arch, layout, config) -> our model with the figures' weights; each tower's first BLOCKS blocks."""
-    weights = shared_weights()
-    layouts = json.loads((SHARED / "parity" / "released_layouts.json").read_text())
+    need_merges()
+    layouts = json.loads((FIGURES / "released_layouts.json").read_text())
     tensor = lru_cache(None)(weights.tensor)
 
     def build(arch, layout, config):
@@ -169,7 +169,7 @@ def released():
 
 def figures(name):
     return {key: torch.from_numpy(value) if value.dtype.kind == "f" else value
-            for key, value in np.load(SHARED / "parity" / f"{name}.npz").items()}
+            for key, value in np.load(FIGURES / f"{name}.npz").items()}
 
 
 def check_blocks(loss, points, want):
@@ -180,7 +180,7 @@ def check_blocks(loss, points, want):
 
 @torch.no_grad()
 def test_released_kinetics_in_evaluation(released):
-    weights, want = shared_weights(), figures("f_ila_b32_t8")
+    want = figures("f_ila_b32_t8")
     model, video = released("ViT-B/32", "ila k400 ViT-B/32 T=8", ILAConfig(form="released")), weights.video(1, 8, 224)
     assert (model.tokens.numpy() == want["tokens"]).all()
     check_blocks(*model.encode(torch.from_numpy(video))[1:], want)
@@ -193,7 +193,7 @@ def test_released_kinetics_in_evaluation(released):
 
 @torch.no_grad()
 def test_released_ssv2_in_evaluation(released):
-    weights, want = shared_weights(), figures("g_ila_ssv2_b16_t8")
+    want = figures("g_ila_ssv2_b16_t8")
     config = ILAConfig(form="released-ssv2", num_classes=10)
     model = released("ViT-B/16", "ila ssv2 ViT-B/16 T=8, 10 classes", config)
     video = torch.from_numpy(weights.video(1, 8, 224))
@@ -208,7 +208,7 @@ def test_released_ssv2_in_evaluation(released):
 def test_released_kinetics_in_training(released):
     """Batch statistics and nine points; with the whole model also loss and all gradients. There the text tower trains
     and CLIP's image tower is frozen, the reverse of the paper's recipe."""
-    weights, want = shared_weights(), figures("f_ila_b32_t4_train")
+    want = figures("f_ila_b32_t4_train")
     model = released("ViT-B/32", "ila k400 ViT-B/32 T=8", ILAConfig(form="released", frames=4)).train()
     video = torch.from_numpy(weights.video(2, 4, 224))
     if BLOCKS < 12:

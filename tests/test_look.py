@@ -13,7 +13,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from helpers import MERGES, SHARED, shared_weights
+from figures import weights
+from helpers import MERGES, SHARED
 from PIL import Image
 from test_eval import ROOT, evaluate
 from test_video import VIDEOS, write_video
@@ -342,7 +343,7 @@ def test_times(words, value):
 
 def test_windows_with_a_released_checkpoint(tmp_path, capsys):
     from test_tc import released_state
-    state, openai = released_state(shared_weights(), "tiny", 1)
+    state, openai = released_state(weights, "tiny", 1)
     state["prompt_learner.ctx"] = np.zeros((4, 512))
     torch.save({"model": {key: torch.as_tensor(value).float() for key, value in state.items()}}, tmp_path / "released.pth")
     torch.save({key: torch.as_tensor(value).float() for key, value in openai.items()}, tmp_path / "clip.pt")

@@ -7,7 +7,8 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MERGES, SHARED, shared_weights, tiny_clip
+from figures import weights
+from helpers import FIGURES, MERGES, need_merges, tiny_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -310,7 +311,7 @@ def test_frame_count_of_joint_positions():
 
 def released_state(weights, arch, layers):
     """A state_dict as the released code saves it, with the synthetic weights of the figures."""
-    layout = json.loads((SHARED / "parity" / "released_layouts.json").read_text())
+    layout = json.loads((FIGURES / "released_layouts.json").read_text())
     layout = layout["tc tiny T=4" if arch == "tiny" else "tc ViT-B/16 T=8"]
     for name, shape in list(layout.items()):
         for j in range(1, layers):
@@ -328,7 +329,7 @@ def released_state(weights, arch, layers):
 
 
 def released_model(arch, layers=1, wrap="", **settings):
-    weights = shared_weights()
+    need_merges()
     state, openai = released_state(weights, arch, layers)
     clip = load_clip(openai, MERGES)
     words = clip.tokenize(["a photo of a"])[0, 1:5]
@@ -359,8 +360,8 @@ def released_gradient(name, gradients):
     ("c_tc_tiny_multilevel", dict(prompt_blocks=(0, 1), context_blocks=(0, 1)), 2)])
 def test_released_figures(fixture, settings, layers):
     model, weights = released_model("tiny", layers, wrap="module.", frames=4, **settings)
-    figures = np.load(SHARED / "parity" / f"{fixture}.npz")
-    notes = json.loads((SHARED / "parity" / f"{fixture}.json").read_text())
+    figures = np.load(FIGURES / f"{fixture}.npz")
+    notes = json.loads((FIGURES / f"{fixture}.json").read_text())
     video = torch.from_numpy(weights.video(2, 4, 224))
     logits, _ = model.train()(video)
     np.testing.assert_allclose(logits.detach().numpy(), figures["logits"], rtol=0, atol=1e-9)
@@ -391,7 +392,7 @@ def test_released_figures(fixture, settings, layers):
     ("c_tc_tiny", {}, 1), ("c_tc_tiny_multilevel", dict(prompt_blocks=(0, 1), context_blocks=(0, 1)), 2)])
 def test_the_plain_form_equals_the_released_figures(fixture, settings, layers):
     model, weights = released_model("tiny", layers, frames=4, **settings)
-    figures = np.load(SHARED / "parity" / f"{fixture}.npz")
+    figures = np.load(FIGURES / f"{fixture}.npz")
     video = torch.from_numpy(weights.video(2, 4, 224))
     logits = plain.logits(model, video, plain.prompts(model, weights.CLASS_NAMES))
     np.testing.assert_allclose(logits.numpy(), figures["logits"], rtol=0, atol=1e-9)
@@ -400,18 +401,18 @@ def test_the_plain_form_equals_the_released_figures(fixture, settings, layers):
 @torch.no_grad()
 def test_released_start_from_clip_weights():
     """The prompt layer begins as the last text block; the released code copies it through float32, hence the tolerance."""
-    weights = shared_weights()
+    need_merges()
     model, _ = released_model("tiny", frames=4)
     fresh = TCCLIP(model.clip, TCConfig(frames=4))
     model.prompt_layers.load_state_dict(fresh.prompt_layers.state_dict())
     logits, _ = model.eval()(torch.from_numpy(weights.video(2, 4, 224)))
-    np.testing.assert_allclose(logits.numpy(), np.load(SHARED / "parity" / "c_tc_tiny_clipinit.npz")["logits"], atol=1e-6)
+    np.testing.assert_allclose(logits.numpy(), np.load(FIGURES / "c_tc_tiny_clipinit.npz")["logits"], atol=1e-6)
 
 
 @torch.no_grad()
 def test_released_figures_at_full_size():
     model, weights = released_model("ViT-B/16", frames=8)
-    figures = np.load(SHARED / "parity" / "d_tc_b16_t8.npz")
+    figures = np.load(FIGURES / "d_tc_b16_t8.npz")
     video = torch.from_numpy(weights.video(1, 8, 224))
     frames, contexts, summaries = model.eval().vision(model.clip.visual, video)
     np.testing.assert_allclose(frames.numpy(), figures["frame_features"], rtol=0, atol=1e-10)
@@ -425,7 +426,7 @@ def test_released_figures_at_full_size():
 
 def test_released_joint_positions():
     """A checkpoint with one position per frame and token loads into a joint model; one of another length is an error."""
-    weights = shared_weights()
+    need_merges()
     state, openai = released_state(weights, "tiny", 1)
     model = TCCLIP(load_clip(openai, MERGES), TCConfig(frames=4, positions="joint"))
     state["prompt_learner.ctx"] = model.vectors.detach().numpy()
@@ -439,7 +440,7 @@ def test_released_joint_positions():
 
 
 def test_released_errors_list_the_keys():
-    weights = shared_weights()
+    need_merges()
     model, _ = released_model("tiny", frames=4)
     state, _ = released_state(weights, "tiny", 1)
     state["prompt_learner.ctx"] = model.vectors.detach().numpy()
@@ -458,7 +459,7 @@ def test_released_errors_list_the_keys():
 
 
 def test_released_files_tell_their_config():
-    layout = json.loads((SHARED / "parity" / "released_layouts.json").read_text())
+    layout = json.loads((FIGURES / "released_layouts.json").read_text())
     for name in ("tc tiny T=4", "tc ViT-B/16 T=8"):
         state = {f"module.{key}": np.zeros(shape) for key, shape in layout[name].items()}
         assert released_config(state) == TCConfig()

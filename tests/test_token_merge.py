@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, shared_weights
+from figures import weights
+from helpers import FIGURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -172,9 +173,8 @@ def test_wrong_use_is_named(wrong):
 
 
 def test_released_figures():
-    weights = shared_weights()
-    figures = np.load(SHARED / "parity" / "e_bipartite.npz")
-    notes = json.loads((SHARED / "parity" / "e_bipartite.json").read_text())
+    figures = np.load(FIGURES / "e_bipartite.npz")
+    notes = json.loads((FIGURES / "e_bipartite.json").read_text())
     x = torch.from_numpy(weights.normal("bsm.metric", (2, 232, 64)))
     merged, sizes, group = merge_to(x, 96, 100, sources=True)
     np.testing.assert_allclose(merged.numpy(), figures["merged"], rtol=0, atol=1e-12)

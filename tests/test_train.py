@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, shared_weights, tiny_clip
+from helpers import FIGURES, tiny_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -119,9 +119,8 @@ def test_schedules_rise_then_fall(total, warmup, schedule):
 
 
 def test_the_released_schedule_and_groups():
-    shared_weights()
-    figures = np.load(SHARED / "parity" / "j_schedule.npz")
-    notes = json.loads((SHARED / "parity" / "j_schedule.json").read_text())
+    figures = np.load(FIGURES / "j_schedule.npz")
+    notes = json.loads((FIGURES / "j_schedule.json").read_text())
     recipe = dataclasses.replace(train.resolve_recipe("zeroshot", "tc", "k400"), epochs=notes["epochs"])
     model = evaluation.build_model(vars(recipe) | {"model": {"prompt": "a pic"}}, tiny_clip())
     optimizer = torch.optim.AdamW(train.parameter_groups(model, recipe), lr=recipe.lr)
