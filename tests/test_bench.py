@@ -1,8 +1,13 @@
 """The benchmarks run, and their tables say what they should."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from helpers import save_clip, tiny_clip
+from helpers import need_merges, save_clip, tiny_clip
 
 import bench_speed
 from eval import run_command
@@ -51,6 +56,7 @@ def test_the_published_form_stands_beside_ours(tmp_path, capsys, monkeypatch):
     assert costs["TC-CLIP", "300"] < costs["TC-CLIP", "3"] + 0.2
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(world):
     args = bench_speed.parse_args(["--clip", str(world / "clip.pt"), "--frames", "2", "--num-classes", "3"])
     args.batch = 1
@@ -66,3 +72,25 @@ def test_memory_is_measured_in_a_process_of_its_own(world):
 def test_wrong_use_is_told_in_one_line(words, said, capsys):
     assert bench(*words) == 2
     assert said in capsys.readouterr().err
+
+
+def run_bench(script, *words):
+    done = subprocess.run([sys.executable, Path(__file__).with_name(script), *words], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_exactness_is_printed():
+    need_merges()
+    lines = run_bench("bench_exactness.py").splitlines()
+    assert len(lines) == 4 and all("logits" in line for line in lines)
+    printed = [float(number) for line in lines for number in re.findall("[0-9]+e-[0-9]+", line)]
+    assert len(printed) == 6 and max(printed) < 1e-11
+
+
+@pytest.mark.slow
+def test_the_page_of_a_gpu_is_written_on_a_cpu_too():
+    """The parts that need little time; where there is no GPU the CPU stands in."""
+    page = run_bench("bench_gpu.py", "--tiny", "--parts", "exactness", "profile", "runs")
+    assert "TC-CLIP" in page and "killed with -9 at step" in page and "done in" in page

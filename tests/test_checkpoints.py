@@ -686,6 +686,7 @@ def test_tensors_are_no_larger_than_their_record(sizes, stride, tmp_path):
         refused(lambda: read_checkpoint(tmp_path / "large.pt"), "large.pt: refused")
 
 
+@pytest.mark.slow
 def test_bombs_are_refused_quickly(tmp_path, monkeypatch):
     """Files of a few kilobytes that would take gigabytes or years."""
     archive(tmp_path / "bomb.pt", tensor_pickle([2**26]), {"0": bytes(2**28)}, zipfile.ZIP_DEFLATED)

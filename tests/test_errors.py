@@ -327,6 +327,7 @@ def test_compiling_needs_a_compiler(world, tmp_path, monkeypatch, capsys):
     assert "--compile needs a compiler: install g++" in told("train", words, capsys)
 
 
+@pytest.mark.slow
 def test_progress_bars_can_be_left_out():
     words = "import data; print(len(list(data.progress_bar(range(3)))))"
     for switch, bars in (({"TQDM_DISABLE": "1"}, False), ({}, True)):
@@ -371,6 +372,7 @@ def test_every_error_is_one_short_line(error, said, capsys):
     assert said in line and line.count("\n") == 1 and len(line) < 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
 def test_closed_streams(world, closed):
     words = f"exec {sys.executable} {ROOT / 'eval.py'} --check '{world / 'novel'}' --workers 0 {closed}"
@@ -413,6 +415,7 @@ def launch(script, *words, **kind):
                             stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed, **kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train", "eval"])
 def test_interrupted_at_the_keyboard(script, world, tmp_path):
     """Ctrl-C reaches all processes of a terminal, the loader's workers too."""
@@ -433,6 +436,7 @@ def test_interrupted_at_the_keyboard(script, world, tmp_path):
     assert not list(tmp_path.rglob(".*"))
 
 
+@pytest.mark.slow
 def test_nobody_reads_the_output(world, tmp_path):
     (tmp_path / "bad").mkdir()
     for i in range(300):  # more lines than a pipe or a buffer holds back
@@ -446,6 +450,7 @@ def test_nobody_reads_the_output(world, tmp_path):
         assert process.returncode == 141 and "Traceback" not in error and "Exception" not in error, error
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_output(world):
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")

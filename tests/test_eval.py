@@ -179,6 +179,7 @@ def test_the_papers_number_stands_beside_what_reproduces_it(recipe, flags, weigh
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_zeroshot_counts_every_video_once_on_any_number_of_processes(world, checkpoint):
     words = ["--zeroshot", "shapes", "--data", world, "--checkpoint", checkpoint, "--workers", "0"]
     one, three = command("eval.py", *words), command("eval.py", *words, processes=3)
@@ -271,6 +272,7 @@ def evaluate_trained(world, folder):
     return folder / "best.pt"
 
 
+@pytest.mark.slow
 def test_processes_with_other_data_are_told(world, tmp_path):
     """Each process has a copy of its own; one lacks a video."""
     import shutil
@@ -335,6 +337,7 @@ def test_check_names_each_bad_video(tmp_path, world, capsys):
 
 # ---- real clips ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_real_clips_train_and_are_evaluated(tmp_path):
     """The same command on real videos: a folder of class folders, made from the clips' manifest."""
     if not (SHARED / "videos" / "real").is_dir():

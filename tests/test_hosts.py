@@ -371,6 +371,7 @@ def test_drop_path():
     assert ((dropped == 0).all(dim=(1, 2)) | (dropped > 1).all(dim=(1, 2))).all()  # a video as a whole
 
 
+@pytest.mark.slow
 @each_kind
 def test_learns_order(kind):
     """Brightening against darkening videos. In the miniature world all reach .98, and .99 inside reversed pairs:
@@ -444,6 +445,7 @@ def test_towers_that_do_not_fit():
                 toy(kind)(clips(frames=5))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @each_kind
 def test_export_with_any_batch(kind):

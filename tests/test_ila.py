@@ -489,6 +489,7 @@ def test_masked_means_in_autocast_are_float32_ones():
             assert torch.equal(aligner(x, block, None).loss, want)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [dict(), dict(form="released"), dict(num_classes=3), dict(rival="xclip")], ids=str)
 def test_export_with_any_batch(changes):

@@ -318,6 +318,7 @@ def test_a_picture_of_each_video_of_a_folder(world, tmp_path):
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == expected | {"000.png", "000r.png"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disabled", [True, False])
 def test_the_bar_over_many_videos_can_be_left_out(world, disabled):
     settings = os.environ | {"OMP_NUM_THREADS": "1"} | ({"TQDM_DISABLE": "1"} if disabled else {})

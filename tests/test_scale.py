@@ -113,6 +113,7 @@ def undisturbed(world, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_killed_workers_are_replaced(world, tmp_path, undisturbed):
     """One of two workers is killed in training, later one in the test: both are started anew, and nothing is lost."""
     out = tmp_path / "run"
@@ -127,6 +128,7 @@ def test_killed_workers_are_replaced(world, tmp_path, undisturbed):
     assert same(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_an_evaluation(world, undisturbed):
     words = [ROOT / "eval.py", "--zeroshot", "shapes", "--data", world, "--checkpoint", undisturbed / "best.pt"]
     with started(words) as process:
@@ -164,6 +166,7 @@ def machine(nnodes, port):
             "--rdzv_conf=last_call_timeout=1,keep_alive_interval=1"]
 
 
+@pytest.mark.slow
 def test_two_launchers_are_as_one(world, tmp_path, undisturbed):
     """Two launchers with a worker each, as on two machines; one loses its worker, and both go on."""
     out, launcher = tmp_path / "run", machine("2", free_port())
@@ -177,6 +180,7 @@ def test_two_launchers_are_as_one(world, tmp_path, undisturbed):
     assert same(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_lost_machine_may_come_back(world, tmp_path, monkeypatch):
     """One of two launchers dies with its worker; the other goes on alone, and again with the one that takes its place."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -204,6 +208,7 @@ def test_a_lost_machine_may_come_back(world, tmp_path, monkeypatch):
     np.testing.assert_allclose(*logs, rtol=1e-5)  # the number of processes changed twice, and with it the rounding
 
 
+@pytest.mark.slow
 def test_a_warned_launcher_saves_and_goes_on_later(world, tmp_path, undisturbed):
     out = tmp_path / "run"
     with started([ROOT / "train.py", *arguments(world, out, "save_every=1")]) as process:
@@ -216,6 +221,7 @@ def test_a_warned_launcher_saves_and_goes_on_later(world, tmp_path, undisturbed)
     assert same(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_warning_to_every_process_ends_a_run_after_its_step(world, tmp_path):
     """A scheduler's SIGTERM also reaches the loader's workers, which must live until the step is done."""
     more = ["workers=2", "keep_decoded=false", "save_every=1000", "epochs=1"]
@@ -245,6 +251,7 @@ def refused(world, out, capsys, *more):
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_nothing(world, tmp_path, capsys):
     out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -307,6 +314,7 @@ def test_loader_workers_outlive_a_schedulers_warning():
     assert [len(batch) for batch in batches] == [1] * 7
 
 
+@pytest.mark.slow
 def test_loader_workers_end_with_a_parent_that_is_killed():
     words = ("import data, test_scale, time\n"
              "batches = iter(data.load_batches(test_scale.Probe(), 2, batch_size=1))\n"
@@ -347,6 +355,7 @@ def test_batches_come_by_value_if_shared_memory_is_full(world, monkeypatch):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("unshare") or os.geteuid() != 0, reason="needs root and unshare")
 def test_a_container_with_little_shared_memory(world):
     """A /dev/shm of 64 kB, of which every batch needs 100: the test goes on, and every video is scored."""
@@ -384,6 +393,7 @@ def same_on_all(rank, folder, lines):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lines, wanted", [
     (("12 videos", "12 videos"), "the same"),
     (("12 videos", "9 videos"), "rank 1 sees other data than rank 0: 9 videos, not 12 videos; give every machine the same videos and lists")])
@@ -451,6 +461,7 @@ def test_checkpointing_gives_equal_gradients_from_less_memory(method, settings):
     assert torch.equal(plain.eval()(video)[0], lean.eval()(video)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, backend", [("tc", "aot_eager"), ("ila", "aot_eager"), ("vifi", "inductor")])
 def test_compiled_steps_are_the_same(method, backend):
     """torch.compile with its code generator, or, where that takes minutes, its graphs alone (see tests/bench_scale.py)."""
@@ -478,6 +489,7 @@ def test_compiled_steps_are_the_same(method, backend):
             model.set_classes(["red", "green", "blue to red"])
 
 
+@pytest.mark.slow
 def test_a_run_can_be_compiled_and_checkpointed(world, tmp_path, monkeypatch):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compiler(model, backend="aot_eager"))

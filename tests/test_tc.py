@@ -210,6 +210,7 @@ def test_names_without_a_video_keep_the_learned_vectors():
     assert not torch.allclose(model.encode_names(NAMES, clips())[0], expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("settings", [
     dict(positions="joint"), dict(merge="random"), dict(merge="dpc-knn"), dict(merge="kmeans"),
@@ -409,6 +410,7 @@ def test_released_start_from_clip_weights():
     np.testing.assert_allclose(logits.numpy(), np.load(FIGURES / "c_tc_tiny_clipinit.npz")["logits"], atol=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_released_figures_at_full_size():
     model, weights = released_model("ViT-B/16", frames=8)

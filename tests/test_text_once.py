@@ -130,6 +130,7 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     torch.multiprocessing.spawn(work, (tmp_path,), nprocs=2)
     first, second = torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")

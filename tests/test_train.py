@@ -211,6 +211,7 @@ def test_each_pair_is_mixed_in_its_own_way_wherever_it_is_computed():
     assert torch.equal(whole, torch.cat([train.draw_mixing(small, part, 8) for part in parts]))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(world, tmp_path):
     run(world, tmp_path / "one")
     done = command("train.py", *arguments(world, tmp_path / "two"), processes=2)
@@ -230,6 +231,7 @@ def test_two_processes_give_the_weights_of_one(world, tmp_path):
 
 # ---- resuming --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_by_bit(world, tmp_path):
     more = ["save_every=3", "epochs=3"]
     words = arguments(world, tmp_path / "killed", *more)
@@ -313,6 +315,7 @@ with train.locked(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(world, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -342,6 +345,7 @@ def test_file_systems_that_cannot_lock_or_flush_a_folder(tmp_path, monkeypatch, 
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
+@pytest.mark.slow
 def test_damage_is_told_by_file_and_nothing_else_is_given_up(world, tmp_path, capsys):
     folder, words = tmp_path / "run", arguments(world, tmp_path / "run")
     whole = run(world, folder)
@@ -385,6 +389,7 @@ def test_odd_progress_is_refused(world, tmp_path, capsys, change):
     assert "last.pt is not of this run" in told(words, capsys)
 
 
+@pytest.mark.slow
 def test_sigterm_during_an_epochs_last_save_is_heeded(world, tmp_path, monkeypatch):
     save_run, done = train.save_run, []
 
@@ -402,6 +407,7 @@ def test_sigterm_during_an_epochs_last_save_is_heeded(world, tmp_path, monkeypat
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_second_sigterm_ends_the_process():
     code = ("import os, signal, time, train\nwith train.sigterm_noted() as times:\n"
             " os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); assert len(times) == 2; time.sleep(3.1)\n"
@@ -466,6 +472,7 @@ def test_protocols(world, tmp_path, protocol, method):
         assert result["tests"]["base"]["pairs"] == 0.5  # frame pooling cannot see the order of frames
 
 
+@pytest.mark.slow
 def test_two_processes_of_one_epoch_and_batch_norm(world, tmp_path):
     """ILA under DDP; the only epoch's best.pt is read by both processes; the last step has a video for one alone."""
     done = command("train.py", *arguments(world, tmp_path / "two", "epochs=1", "batch=26", method="ila"), processes=2)

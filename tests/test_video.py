@@ -419,6 +419,7 @@ def test_odd_files_are_read_or_refused(path):
     assert (video.amax((1, 2, 3)) > 32).all()  # no frame is black
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded(tmp_path):
     """Huge frames are refused before one is decoded: av.open does not either, to learn about the stream."""
     program = """if True:
