@@ -1438,11 +1438,12 @@ def labels_of(subsets, classes):
     return labels
 
 
-def load_test_sets(args, leave_out=()):
-    """The test sets of --test, {name: data.VideoList}; `leave_out` as in data.load_tests."""
+def load_test_sets(args, leave_out=(), base=""):
+    """The test sets of --test, {name: data.VideoList}; leave_out and base as in data.load_tests."""
     root = args.data or f"data/{args.test}"
     return data.load_tests(args.test, root, labels=args.labels or "", half=args.half or "",
-                           upstream_labels=args.upstream_labels, leave_out=leave_out)
+                           upstream_labels=args.upstream_labels, leave_out=leave_out,
+                           base=base)
 
 
 def test_all(args, chosen, weight, tests, subsets):
@@ -1497,8 +1498,11 @@ def run_test(args):
     if args.test == "shapes":
         default_clip = Path(args.data or "data/shapes", "clip.pt")
     chosen = chosen_model(args, default_clip)
-    if chosen.recipe.get("trained_on"):
-        tests = load_test_sets(args, chosen.recipe["trained_on"])
+    base = args.half and chosen.recipe.get("base")  # a file of the base classes, see train.py
+    if base and not os.path.isfile(base):
+        raise ValueError(f"{base}: no such file; it holds the base classes of this checkpoint")
+    if chosen.recipe.get("trained_on") or base:
+        tests = load_test_sets(args, chosen.recipe.get("trained_on", ()), base or "")
     known = known_tests(chosen.recipe, chosen.recipe.get("classes", ()), tests)
     if first:
         print(describe_chosen(chosen), file=sys.stderr)

@@ -96,6 +96,7 @@ class Recipe:
     shots: int = knob(16, "training videos per class")
     train_list: str = knob("", "a list instead of the data folder's")
     test_list: str = knob("", "the same, to test on")
+    base: str = knob("", "base2novel: a file of its base classes")
     labels: str = knob(
         "", "other class names: a file, CSV id,name or JSON; llm: the published LLM-rephrased ones")
     upstream_labels: bool = knob(False, "HMDB-51: the published names, of which four are swapped")
@@ -173,6 +174,8 @@ class Recipe:
             raise ValueError(
                 "zeroshot tests on other classes than it trains on, and a linear head (probe, "
                 "num_classes) does not know them: take --protocol supervised")
+        if self.base and self.protocol != "base2novel":
+            raise ValueError(f"base={self.base} is for --protocol base2novel alone: leave it out")
         if self.probe and not self.checkpoint:
             raise ValueError("probe=true needs the model to be probed: --checkpoint FILE")
         if self.keep_decoded and self.workers:
@@ -933,13 +936,15 @@ def announce(recipe, folder, train_videos, tests, device):
     words = [f"{name}={value}".replace(" ", "") for name, value in settings.items()]
     words += [f"{name}={value}" for name, value in recipe.model.items()]
     lines = [text, lines_of(words)]
+    if train_videos.source:
+        lines.append(f"  training list: {data.quoted(train_videos.source)}")
     if recipe.protocol == "base2novel":
         for half in ("base", "novel"):
             lines.append(lines_of([f"{half} classes:", ", ".join(tests[half].classes)]))
     updates = recipe.epochs * steps_per_epoch(recipe, count)
     if updates < FEW_UPDATES:
-        lines.append(f"  only {updates} updates in all, which teach little: more epochs or a "
-                     "smaller batch make more")
+        lines.append(f"  updates in all: {updates}, which teach little; more epochs or a smaller "
+                     "batch make more")
     return "\n".join(lines)
 
 
@@ -1012,7 +1017,7 @@ def run_recipe(recipe, root, folder, device):
     """Trains by a recipe, tests on every test set, writes results.json and returns its content."""
     train_videos, tests = data.load_protocol(
         recipe.protocol, recipe.dataset, root, recipe.shots, recipe.seed, recipe.train_list,
-        recipe.test_list, recipe.labels, recipe.upstream_labels)
+        recipe.test_list, recipe.labels, recipe.upstream_labels, recipe.base)
     described = evaluation.describe_data([train_videos, *tests.values()])
     data.check_same_data(described)  # before anything else: else processes wait for one another
     all_tests = tests

@@ -241,3 +241,28 @@ def test_a_few_shot_checkpoint_is_not_tested_on_its_own_training_videos(root, tm
     left = len({*whole.paths} & {*train.paths})
     assert left == len(train.paths)
     assert f"{left} of {len(whole.paths)} videos are left out: the model was trained on them" in said.out + said.err
+
+
+def test_base_classes_of_ones_own(root, tmp_path, capsys):
+    """--set base=FILE chooses them in training; a test of one half reads the same file."""
+    place = tmp_path / "data" / "folder"
+    for number, name in enumerate(("walk", "run", "jump", "climb")):
+        for i in range(4):
+            archives.write_video(place / name / f"{i}.mp4", name, ("climb", "jump", "run", "walk"), 10 * number + i)
+    shutil.copy(root / "clip.pt", place.parent / "clip.pt")
+    base = tmp_path / "base.txt"
+    base.write_text("walk\njump\n")
+    result = run(place.parent, tmp_path / "run", "base2novel", "folder", "seed=1", f"base={base}")
+    assert result["tests"].keys() == {"base", "novel"}
+    header = capsys.readouterr().err
+    assert "training list: drawn with seed 1 from folder/" in header and "base classes: walk, jump" in header and "novel classes: climb, run" in header
+    for half, names in (("base", {"jump", "walk"}), ("novel", {"climb", "run"})):
+        assert zeroshot(place.parent, "folder", "--checkpoint", tmp_path / "run" / "best.pt", "--half", half,
+                        "--json", tmp_path / "a.json") == 0
+        scores, = json.loads((tmp_path / "a.json").read_text()).values()
+        assert scores["class_top1"].keys() == names
+    base.unlink()
+    assert zeroshot(place.parent, "folder", "--checkpoint", tmp_path / "run" / "best.pt", "--half", "base") == 2
+    assert "it holds the base classes of this checkpoint" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="base2novel alone"):
+        train.resolve_recipe("fewshot", "tc", "hmdb51", [f"base={tmp_path}"])

@@ -491,7 +491,7 @@ def test_a_run_says_what_it_begins_with():
         return " ".join(train.announce(recipe, Path("runs/a"), videos, tests, torch.device("cpu")).split())
     assert first("folder").startswith("runs/a: tc on folder, 3 training videos of 3 classes; tests: base of 3, novel of 3; on the CPU")
     assert " lr=0.25 " in first("folder") and "merge=kmeans" in first("folder") and " batch=4 " in first("folder")
-    assert "only 50 updates in all" in first("folder") and "precision=fp32" in first("folder")
+    assert "updates in all: 50" in first("folder") and "precision=fp32" in first("folder")
     assert "updates" not in first("k400", "supervised").partition("fp32")[0] and "novel classes: a, b, c" in first("ssv2", "base2novel")
     assert "hmdb51 has 51 classes: is this its folder" in first("hmdb51")
     assert "is this its folder" not in first("folder") + first("hmdb51", "base2novel") + first("shapes")
