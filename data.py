@@ -1896,6 +1896,22 @@ def left_out(videos, keys):
                                   "was trained on them")
 
 
+def without_trained(tests, keys):
+    """Test sets without the videos that have one of these `keys_of` videos, and without empty sets.
+
+    Raises ValueError if nothing is left.
+    """
+    rest = {name: left_out(videos, keys) for name, videos in tests.items()}
+    gone = [name for name, videos in rest.items() if len(videos.paths) == 0]
+    if len(gone) == len(rest):
+        raise ValueError(f"the model was trained on all videos of {some(gone)}: none is left")
+    tests = {name: videos for name, videos in rest.items() if name not in gone}
+    if gone:
+        note = f"{some(gone)} is left out: the model was trained on all of its videos"
+        tests = {name: videos.note(note) for name, videos in tests.items()}
+    return tests
+
+
 def load_tests(dataset, root, test_list="", labels="", upstream_labels=False, half="", base="",
                leave_out=()):
     """A data set's test sets, {name: VideoList}.
@@ -1931,15 +1947,7 @@ def load_tests(dataset, root, test_list="", labels="", upstream_labels=False, ha
     else:
         tests = {name: named(videos, files, labels, upstream_labels)
                  for name, videos in tests.items()}
-    rest = {name: left_out(videos, leave_out) for name, videos in tests.items()}
-    gone = [name for name, videos in rest.items() if len(videos.paths) == 0]
-    if len(gone) == len(rest):
-        raise ValueError(f"the model was trained on all videos of {some(gone)}: none is left")
-    tests = {name: videos for name, videos in rest.items() if name not in gone}
-    if gone:
-        note = f"{some(gone)} is left out: the model was trained on all of its videos"
-        tests = {name: videos.note(note) for name, videos in tests.items()}
-    return tests
+    return without_trained(tests, leave_out)
 
 
 def also_trained_on(train, test):

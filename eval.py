@@ -1482,8 +1482,19 @@ def known_tests(recipe, classes, tests):
     """The test sets that a model can do: a linear head only those of its training's classes."""
     if not has_linear_head(recipe):
         return tests
-    known = {name: videos for name, videos in tests.items() if list(videos.classes) == list(classes)}
+    known = {name: videos for name, videos in tests.items()
+             if list(videos.classes) == list(classes)}
     return known or tests  # if it knows none, set_classes says so
+
+
+def print_notes(tests, known):
+    """What a user must know of the test sets, of which a linear head can do those in `known`."""
+    for name in tests.keys() - known.keys():
+        print(f"{name}: left out, since a linear head knows only the classes of its training",
+              file=sys.stderr)
+    for name, video_list in known.items():
+        for note in video_list.notes:
+            print(f"{name}: {note}", file=sys.stderr)
 
 
 def run_test(args):
@@ -1506,14 +1517,8 @@ def run_test(args):
     known = known_tests(chosen.recipe, chosen.recipe.get("classes", ()), tests)
     if first:
         print(describe_chosen(chosen), file=sys.stderr)
-        for name in tests.keys() - known.keys():
-            print(f"{name}: left out, since a linear head knows only the classes of its training",
-                  file=sys.stderr)
+        print_notes(tests, known)
     tests = known
-    if first:
-        for name, video_list in tests.items():
-            for note in video_list.notes:
-                print(f"{name}: {note}", file=sys.stderr)
     results, points = {}, []
     for weight in ensembled(args, chosen):
         scores = test_all(args, chosen, weight, tests, subsets)
