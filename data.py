@@ -748,7 +748,7 @@ def read_windows(path, seconds, frames, size, short_side, indices=frame_indices,
             for number in sorted(set(windows) - set(now)):
                 kept = windows.pop(number).items
                 start = number * stride
-                clip = np.stack([kept[i] for i in indices(len(kept), frames)])
+                clip = np.stack([kept[i] for i in indices(len(kept), frames)])  # (T,3,R,R)
                 yield round(start, 6), round(min(start + seconds, time), 6), torch.from_numpy(clip)
             image = None
             for number in now:

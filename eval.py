@@ -1465,8 +1465,7 @@ def test_all(args, chosen, weight, tests, subsets):
     if first and "split2" in results:
         top1 = [100 * scores["top1"] for scores in results.values()]
         mean = f"{np.mean(top1):.2f} +- {np.std(top1):.2f}"
-        print(f"{args.test}: top-1 {mean} over {len(top1)} splits",
-              file=output)
+        print(f"{args.test}: top-1 {mean} over {len(top1)} splits", file=output)
     if first:
         for line in paper_lines(args, chosen.recipe, weight):
             print(line, file=output)
