@@ -373,11 +373,11 @@ class Block(nn.Module):
         extra: its mask counts queries and keys from the same position.
         """
         assert not causal or (rows.start in (None, 0) and rows.step is None and extra is None)
-        return self.run(self.compute, x, causal, rows, extra)
+        return self.checkpointed(self.compute, x, causal, rows, extra)
 
-    def run(self, work, *inputs):
-        """work(*inputs), which is this block's part of a model. While `checkpointing`, training
-        stores only the inputs and recomputes the rest in backward."""
+    def checkpointed(self, work, *inputs):
+        """work(*inputs), the part of a model around this block. While `checkpointing` is on,
+        training stores only the inputs and recomputes the rest in backward; else a plain call."""
         if self.checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(work, *inputs, use_reentrant=False)
         return work(*inputs)
@@ -387,6 +387,10 @@ class Block(nn.Module):
         if extra is not None:
             y_kv = torch.cat([y, self.ln_1(extra)], dim=-2)  # (..., n+m, D)
         x = x[..., rows, :] + self.attn(y[..., rows, :], y_kv, causal)
+        return self.add_mlp(x)
+
+    def add_mlp(self, x):
+        """x + MLP(LN_2 x)."""
         return x + self.mlp(self.ln_2(x))
 
 
@@ -477,10 +481,10 @@ class CLIP(nn.Module):
         """
         end = tokens.argmax(dim=-1)  # (C,)
         tokens = tokens[:, :int(end.max()) + 1]  # causal: what follows has no effect [ours, exact]
-        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]  # (C,L,D)
+        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]  # (C,L,W)
         for block in self.transformer.resblocks:
             x = block(x, causal=True)
-        x = x[torch.arange(len(x), device=x.device), end]  # (C,D)
+        x = x[torch.arange(len(x), device=x.device), end]  # (C,W)
         return self.ln_final(x) @ self.text_projection
 
     def tokenize(self, texts, length=None):
@@ -713,7 +717,10 @@ class FramePool(nn.Module):
     """ViFi-CLIP (Rasheed et al. 2023): the frames' features are averaged over time and compared
     with the text "a photo of a {name}.". It cannot see the order of frames.
 
-    encode_video and encode_names are the way to embed; their cosine is the similarity.
+    It shows what the scripts need of a method: `clip` and `config`; set_classes(names); forward,
+    video (B,T,3,R,R) -> logits (B,C) and an auxiliary loss; encode_video, video -> (B,E), and
+    encode_names, names -> (C,E) or with a video (B,C,E), whose cosine is the similarity. It may
+    have set_epoch(epoch), which is called before every epoch of training.
     """
 
     def __init__(self, clip, config=PoolConfig()):

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
-from itertools import chain, permutations
+from itertools import chain, islice, permutations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import sleep
@@ -114,7 +114,7 @@ SYSTEM_ERRORS = {errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFI
                  errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.ECONNRESET}
 # The formats that a file may have, whatever its suffix. Playlists (hls, dash, concat) are not among
 # them: they lead to other files.
-FORMATS = ("mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,mxf,rm,dv,nut,ivf,h264,hevc,"
+CONTAINERS = ("mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,mxf,rm,dv,nut,ivf,h264,hevc,"
            "m4v,mjpeg,vc1,obu,dhav,wtv,yuv4mpegpipe")
 PACKED = rb"DivX\d+(b|Build)\d+p"  # [DivX, XviD] says that packets may hold two pictures
 
@@ -162,7 +162,7 @@ def open_video(path, max_pixels=MAX_PIXELS, threads=1):
         with WatchedFile(os.fspath(path)) as file:
             # av.open decodes too, to learn the frame size. Titles need not be UTF-8.
             limit = {"max_pixels": str(max_pixels)}
-            options = limit | {"format_whitelist": FORMATS}
+            options = limit | {"format_whitelist": CONTAINERS}
             with av.open(file, options=options, metadata_errors="replace") as container:
                 stream = container.streams.best("video")
                 if stream is None or stream.codec_context is None:
@@ -171,6 +171,8 @@ def open_video(path, max_pixels=MAX_PIXELS, threads=1):
                 if not 0 < codec.width * codec.height <= max_pixels:
                     raise ValueError(f"frame size unknown or above {max_pixels} pixels")
                 codec.options, codec.thread_count = limit, threads
+                if threads > 1:
+                    codec.thread_type = "AUTO"  # frames side by side, not only a frame's slices
                 yield Video(container, stream, codec)
             if file.error:
                 raise file.error
@@ -245,8 +247,8 @@ def resize(images, height, width):
 
 
 def decode_all(codec, packets, positions, convert):
-    """Decode all packets in order: ({position: image}, frames that decode, damaged)."""
-    images, wanted, seen, damaged = {}, set(positions), 0, 0
+    """Decode all packets in order: ({position: image}, time stamps of all frames, damaged)."""
+    images, wanted, stamps, damaged = {}, set(positions), [], 0
     for packet in chain(packets, [None]):
         frames = decode(codec, packet)
         if frames is None:
@@ -254,12 +256,12 @@ def decode_all(codec, packets, positions, convert):
             continue
         for frame in frames:
             damaged += frame.is_corrupt
-            if seen in wanted:
-                images[seen] = convert(frame)
-            seen += 1
-    if not seen:
+            if len(stamps) in wanted:
+                images[len(stamps)] = convert(frame)
+            stamps.append(frame.pts)
+    if not stamps:
         raise ValueError("no frame decodes")
-    return images, seen, damaged
+    return images, stamps, damaged
 
 
 # From here to decode_wanted: finding the packets that the wanted frames need, so that no others are
@@ -557,10 +559,18 @@ def decode_wanted(survey, contents, positions, convert):
 
 
 class Reading(NamedTuple):
-    """Frames of a video, and how damaged it is."""
+    """Frames of a video, and what was seen of it on the way."""
 
     frames: torch.Tensor  # uint8 (..., 3, h, w)
+    seconds: np.ndarray | None  # (...) of each since the first frame; None if time stamps fail
     damaged: int  # corrupt frames and packets that do not decode, among those decoded
+
+
+def seconds_at(index, stamps, time_base):
+    """Times of the frames at `index` since the first, or None if the stamps of all do not rise."""
+    if None in stamps or stamps != sorted(stamps):
+        return None
+    return (np.asarray(stamps)[index] - stamps[0]) * float(time_base)
 
 
 def read_once(path, pick, short_side, max_pixels, threads):
@@ -568,23 +578,27 @@ def read_once(path, pick, short_side, max_pixels, threads):
     convert = partial(to_image, VideoReformatter(), short_side)
     images, damaged = None, 0
     with open_video(path, max_pixels, threads) as video:
+        time_base = video.stream.time_base
         survey = survey_packets(path, video)
         contents = contents_of(survey)
         found = sum(entry.shown for entry in survey.entries)
         if contents:
-            total = found = len(contents.frames)
+            stamps = [survey.entries[number].stamp for number in contents.frames]
+            total = found = len(stamps)
             index = choose(path, pick, total, short_side, video.codec)
             images = decode_wanted(survey, contents, index.flat, convert)
     while images is None or found != total:
         total = found
         with open_video(path, max_pixels, threads) as video:
             index = choose(path, pick, total, short_side, video.codec)
-            images, found, damaged = decode_all(video.codec, demux(video), index.flat, convert)
+            images, stamps, damaged = decode_all(video.codec, demux(video), index.flat, convert)
+        found = len(stamps)
         if damaged and threads > 1:
             images, threads = None, 1  # several threads make other frames of damage
     height, width = images[index.flat[0]].shape[-2:]
     frames = torch.cat([resize(images[i], height, width) for i in index.flat])  # sizes may change
-    return Reading(frames.view(*index.shape, 3, height, width), damaged)
+    frames = frames.view(*index.shape, 3, height, width)
+    return Reading(frames, seconds_at(index, stamps, time_base), damaged)
 
 
 def choose(path, pick, total, short_side, codec):
@@ -601,7 +615,7 @@ def choose(path, pick, total, short_side, codec):
 
 
 def inspect_frames(path, pick, short_side, max_pixels=MAX_PIXELS, threads=1):
-    """`read_frames` that also tells the damage it met: a Reading."""
+    """`read_frames` that also tells the times of the frames and the damage it met: a Reading."""
     for pause in PAUSES:
         try:
             return read_once(path, pick, short_side, max_pixels, threads)
@@ -642,13 +656,19 @@ def read_test(path, views):
     The crops of the first clip come first. The video is decoded once. Raises VideoError, and
     ValueError for impossible views.
     """
+    return inspect_test(path, views).frames
+
+
+def inspect_test(path, views, threads=1):
+    """`read_test` that also tells times (clips, T) and damage: a Reading."""
     size = views.size
     if views.crops not in (1, 3) or views.short_side < size:
         raise ValueError(f"crops must be 1 or 3 (got {views.crops}), and short_side at least size "
                          f"(got {views.short_side}, {size})")
     pick = partial(view_indices, frames=views.frames, clips=views.clips,
                    indices=SAMPLERS[views.sampling])
-    video = read_frames(path, pick, views.short_side)  # (clips, T, 3, h, w)
+    reading = inspect_frames(path, pick, views.short_side, threads=threads)
+    video = reading.frames  # (clips, T, 3, h, w)
     height, width = video.shape[-2:]
     top, left = (height - size) // 2, (width - size) // 2
     corners = [(top, left)]
@@ -657,7 +677,19 @@ def read_test(path, views):
     elif views.crops == 3:
         corners = [(top, 0), (top, left), (top, width - size)]
     crops = [video[..., y:y + size, x:x + size] for y, x in corners]
-    return torch.stack(crops, 1).flatten(0, 1).contiguous()  # (V, T, 3, R, R)
+    crops = torch.stack(crops, 1).flatten(0, 1).contiguous()  # (V, T, 3, R, R)
+    return reading._replace(frames=crops)
+
+
+def check_video(path):
+    """Reads a video as a test does, then decodes all of it: what is wrong with it, or None."""
+    try:
+        read_test(path, Views())
+        with open_video(path) as video:
+            _, stamps, damaged = decode_all(video.codec, demux(video), (), None)
+    except VideoError as error:
+        return str(error)
+    return f"{path}: {damaged} of {len(stamps)} frames are damaged" if damaged else None
 
 
 def read_clip(path, frames=16, size=224, short_side=None):
@@ -668,15 +700,15 @@ def read_clip(path, frames=16, size=224, short_side=None):
     return read_test(path, Views(frames, size, short_side or round(size * 256 / 224)))[0]
 
 
-def timed_frames(container, stream, codec):
-    """Decode in order: yields (seconds since the first frame, frame), at last (the end, None).
+def timed_frames(frames, rate):
+    """Yields (seconds since the first frame, frame) of the frames in order, at last (the end, None).
 
     Time stamps give the times. Where one is missing or does not rise, a frame begins an average
-    frame's duration after the one before it.
+    frame's duration, 1 / rate, after the one before it.
     """
-    step = float(1 / stream.average_rate) if stream.average_rate else 0.0  # seconds
+    step = float(1 / rate) if rate else 0.0  # seconds
     time = None
-    for frame in decoded_frames(container, stream, codec):
+    for frame in frames:
         if time is None:
             time, origin = 0.0, frame.time or 0.0
         elif frame.time is not None and frame.time - origin > time:
@@ -691,12 +723,32 @@ def timed_frames(container, stream, codec):
     yield time + step, None
 
 
-def decoded_frames(container, stream, codec):
-    """Yield every frame that decodes, in order."""
-    for packet in container.demux(stream):
-        if packet.size:
-            yield from decode(codec, packet) or ()
-    yield from decode(codec, None) or ()
+def decoded_frames(path, video, damage):
+    """Yield every frame of an open Video that decodes, in order; `damage` counts, see Damage.
+
+    Several threads make other frames of damage. So where the first is met, one thread begins anew
+    and yields the frames that are left.
+    """
+    several, count = video.codec.thread_count > 1, 0
+    for packet in chain(demux(video), [None]):
+        frames = decode(video.codec, packet)
+        bad = 1 if frames is None else sum(frame.is_corrupt for frame in frames)
+        if bad and several:
+            break
+        damage.count += bad
+        for frame in frames or ():
+            yield frame
+            count += 1
+    else:
+        return
+    with open_video(path) as again:
+        yield from islice(decoded_frames(path, again, damage), count, None)
+
+
+class Damage:
+    """Counts the corrupt frames, and the packets that do not decode, of a video."""
+
+    count = 0
 
 
 class Thinned:
@@ -732,18 +784,21 @@ def centre_crop(image, size):
     return image[:, top:top + size, left:left + size].copy()
 
 
-def read_windows(path, seconds, frames, size, short_side, indices=frame_indices, stride=None):
+def read_windows(path, seconds, frames, size, short_side, indices=frame_indices, stride=None,
+                 threads=1, damage=None):
     """Yield windows of `seconds`, a new one every `stride`: (start, end, uint8 (T, 3, size, size)).
 
     start, end, stride: seconds; without a stride one window follows the other. Of the frames that
     begin in a window, those at `indices` are taken and centre-cropped; a window in which none
     begins is left out. The video is decoded once, in order. At most 1024 small frames of a window
-    are in memory: when there are more, every second is dropped. Raises VideoError.
+    are in memory: when there are more, every second is dropped. threads: the decoder's, which
+    change no frame. damage: a Damage, which counts what is met. Raises VideoError.
     """
     stride = stride or seconds
     reformatter, windows = VideoReformatter(), {}  # number: the frames so far
-    with open_video(path) as opened:
-        for time, frame in timed_frames(*opened):
+    with open_video(path, threads=threads) as video:
+        found = decoded_frames(path, video, damage or Damage())
+        for time, frame in timed_frames(found, video.stream.average_rate):
             now = () if frame is None else windows_at(time, seconds, stride)
             for number in sorted(set(windows) - set(now)):
                 kept = windows.pop(number).items
@@ -1060,6 +1115,20 @@ def folder_notes(folder, classes, loose, others):
     return tuple(notes)
 
 
+class Listed(NamedTuple):
+    """One set as an annotation file lists it; the videos are not looked for yet."""
+
+    source: str  # the file's name
+    videos: list  # [(name, label)]
+
+
+class Listing(NamedTuple):
+    """What the annotation files of a data set say."""
+
+    classes: tuple  # names in the order of their labels
+    sets: dict  # {"train" or a test set's name: Listed}
+
+
 class Files:
     """The files below a data set's folder: videos by name; annotation files by name, which lie at
     most five folders down.
@@ -1231,20 +1300,6 @@ class Files:
         return f"unpack {names} with `unrar x`, and then the .rar files that come out, if any"
 
 
-class Listed(NamedTuple):
-    """One set as an annotation file lists it; the videos are not looked for yet."""
-
-    source: str  # the file's name
-    videos: list  # [(name, label)]
-
-
-class Listing(NamedTuple):
-    """What the annotation files of a data set say."""
-
-    classes: tuple  # names in the order of their labels
-    sets: dict  # {"train" or a test set's name: Listed}
-
-
 # ---- annotations: labels and lists ---------------------------------------------------------------
 
 def in_order(names):
@@ -1370,9 +1425,15 @@ def listed_by_name(rows, classes, root):
 
 # ---- annotations: data sets ----------------------------------------------------------------------
 
-# To add a data set, write a function that reads its owner's files, and a row of KNOWN. The function
-# gets the Files and returns a Listing, or None if the owner's files are not there; they may lie in
-# any folder.
+# To add a data set, write a function that reads its owner's files, and a row of KNOWN; flags and
+# messages follow from the table. The function gets the Files and returns a Listing, or None if the
+# owner's files are not there; they may lie in any folder.
+#     Listing(classes, {"train": Listed(...), "val": Listed(...)}): any other name than "train" is a
+#     test set. Of test sets called split1, split2, ... training tests the first only.
+#     A video's name is that of the owner's list. It is found by its stem wherever it lies below the
+#     root, so stems must be unique in the data set.
+# Optional: a recipe of its own (train.DATASET_RECIPES), the paper's numbers (eval.PAPERS), and an
+# imitation of its archive for the tests (tests/archives.py, ARCHIVES in tests/test_lists.py).
 
 def read_hmdb51(files):
     """<action>_test_split{1,2,3}.txt with lines `<video>.avi <use>`, for each action.
@@ -1484,13 +1545,16 @@ class DataSet(NamedTuple):
     read: Callable  # Files -> Listing of the owner's files, None if they are not there
     test_file: str  # of the owner, what messages ask for
     train_file: str
-    labels: str  # the published labels file (ViFi-CLIP, TC-CLIP)
-    prefix: str  # of the other published labels files: <prefix>_{base,novel,llm}_labels
-    lists: dict  # {test set: names that its published list has}
-    train_list: str = ""  # the published training list, "" if there is none
+    # files that ViFi-CLIP and TC-CLIP published for it, if they did
+    labels: str = "labels.csv"  # the class names
+    prefix: str = "labels"  # of more names: <prefix>_{base,novel,llm}_labels
+    lists: dict = {}  # {test set: names that its list has}
+    train_list: str = ""
+    # what is special about it
     loses_videos: bool = False  # YouTube deletes some: those that are missing are left out
     swapped: tuple = ()  # pairs of names that the published labels have the wrong way round
     balanced: bool = False  # all classes have as many training videos
+    flips: bool = True  # a mirrored video keeps its class; not if left and right are part of them
 
 
 KINETICS_TRAIN = ("train.csv", "kinetics*train.csv")
@@ -1525,9 +1589,8 @@ KNOWN = {
         classes=174, words=("ssv2", "somethingsomething"), read=read_ssv2,
         test_file="something-something-v2-validation.json",
         train_file="something-something-v2-train.json", labels="ssv2_labels.csv",
-        prefix="ssv2_174", lists={"val": ("validation.txt", "val.txt")}, train_list="train.txt")}
-PAGES = {name: row.page for name, row in KNOWN.items()}
-CLASS_COUNTS = {name: row.classes for name, row in KNOWN.items()}
+        prefix="ssv2_174", lists={"val": ("validation.txt", "val.txt")}, train_list="train.txt",
+        flips=False)}
 DATASETS = ("shapes", *KNOWN, "folder")
 
 
@@ -1630,7 +1693,7 @@ def test_sets(files, listing):
         raise ValueError(f"{quoted(files.root)}: has train/ but no test/ or val/<class>/<video> "
                          "beside it to test on")
     if files.known:
-        files.need(files.known.test_file)
+        files.need(files.known.test_file)  # raises, and says where to get it
     return {"test": class_folders(files.root)}
 
 
@@ -1647,7 +1710,7 @@ def training_set(protocol, shots, files, listing, labels):
     if files.has_folders("train"):
         return class_folders(os.path.join(files.root, "train"))
     if files.known:
-        files.need(files.known.train_file)
+        files.need(files.known.train_file)  # raises, and says where to get it
     raise ValueError(f"{quoted(files.root)}: no training videos; expected train/<class>/<video>")
 
 
@@ -1785,7 +1848,7 @@ def base_and_novel(files, listing, classes, base="", train=None):
     prefix = files.known.prefix if files.known else "folder"
     names = [files.text(f"{prefix}_{half}_labels.csv") for half in ("base", "novel")]
     if base:
-        chosen = chosen_classes(base, classes)
+        chosen = read_base_classes(base, classes)
         return chosen, [label for label in range(len(classes)) if label not in chosen]
     if files.known and any(names):  # one alone would number the classes in another order
         names = [files.need(f"{prefix}_{half}_labels.csv") for half in ("base", "novel")]
@@ -1810,7 +1873,7 @@ def base_and_novel(files, listing, classes, base="", train=None):
     return ranked[len(ranked) // 2:], ranked[:len(ranked) // 2]
 
 
-def chosen_classes(path, classes):
+def read_base_classes(path, classes):
     """The labels of the classes that a file names, see `read_class_names`."""
     names = read_class_names(path)
     unknown = [name for name in names if name not in classes]
@@ -1974,8 +2037,11 @@ def whole_sets(protocol, files, listing, shots, seed, train_list, test_list, lab
         tests = {Path(test_list).stem: read_list(test_list, files, listing, labels)}
     else:
         tests = test_sets(files, listing)
-    if "split2" in tests or files.known and protocol in FEW_SHOT and "base" not in tests:
-        tests = dict([next(iter(tests.items()))])  # the other splits hold training videos
+    # The training videos are split1's: other splits would test on some of them. Few-shot protocols
+    # test on the first set only, as the papers do.
+    few_shot = files.known and protocol in FEW_SHOT and "base" not in tests
+    if "split2" in tests or few_shot:
+        tests = dict([next(iter(tests.items()))])
     if train_list:
         train = read_list(train_list, files, listing, labels)
     else:
@@ -2251,6 +2317,23 @@ class TestVideos(Dataset):
         clips = [clip for _, clip, _ in items if clip is not None]
         errors = [(i, error) for i, clip, error in items if clip is None]
         return readable, to_share(torch.stack(clips)) if clips else None, errors
+
+
+class CheckedVideos(Dataset):
+    """Item i: what is wrong with the video paths[i], or None."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return check_video(self.paths[i])
+
+    @staticmethod
+    def collate(items):
+        return items
 
 
 class TrainVideos(Dataset):

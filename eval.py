@@ -9,7 +9,7 @@
 Sections: models from files - evaluation - writing files - drawing - what a model made of a clip -
 classes over time - curves, confusion and reversal - running a script - the model that the flags
 name - test sets - single videos - checking files - the command line. train.py uses those up to
-running a script.
+running a script, and of the test sets describe_data and known_tests.
 
 Letters: B videos, V views, T frames, P patches, S seeds per frame, k context tokens, C classes,
 R side in pixels; n test videos.
@@ -76,7 +76,8 @@ OPENAI_TOWERS = {  # (width, patch, resolution): name
     (768, 32, 224): "ViT-B/32", (768, 16, 224): "ViT-B/16",
     (1024, 14, 224): "ViT-L/14", (1024, 14, 336): "ViT-L/14@336px"}
 OWN_FIELDS = (*VANILLA, "merges", "probe")  # what a recipe in a checkpoint must have
-MOST = {"frames": 1024, "clips": 100, "crops": 3, "short_side": 8192}  # in a checkpoint's recipe
+# the largest numbers in a recipe that comes from a file
+LARGEST_IN_FILE = {"frames": 1024, "clips": 100, "crops": 3, "short_side": 8192}
 MOST_SETTING = 100_000  # a number among its model's settings
 
 
@@ -139,7 +140,7 @@ def check_recipe(recipe):
     for name, known in (("method", METHODS), ("sampling", data.SAMPLERS), ("pixels", data.MEANS)):
         if recipe[name] not in known:
             raise ValueError(f"its {name} {recipe[name]!r:.40} is unknown")
-    for name, most in MOST.items():
+    for name, most in LARGEST_IN_FILE.items():
         if type(recipe[name]) is not int or not 0 <= recipe[name] <= most:
             raise ValueError(f"its {name} is {recipe[name]!r:.40}; it must be at most {most}")
     known = METHODS[recipe["method"]].config.__dataclass_fields__
@@ -424,7 +425,7 @@ TESTED_AS = {
 ILA_TABLES = ("align", "blocks", "operator", "use", "rival", "host", "finetune", "video_prompt")
 
 
-def paper_row(recipe):
+def paper_numbers(recipe):
     """{column: number in %} of the row of PAPERS for a training run's recipe (a dict); or {}."""
     settings, config = recipe["model"], METHODS[recipe["method"]].config
     from_imagenet = settings.get("finetune") or settings.get("host") == "timesformer"
@@ -750,7 +751,7 @@ def context_column(frame, scores, seeds, group, colours, side):
 
 
 def context_columns(block, summary, clip, shown, side):
-    """TC-CLIP's Columns: the summary before block `block` of a clip."""
+    """TC-CLIP's Columns: the summary that block `block` made of a clip."""
     (T, S), k = summary.seeds.shape[1:], summary.sizes.shape[1]
     scores = summary.scores.reshape(T, -1).cpu().numpy()  # (T,P)
     seeds = summary.seeds.reshape(T, S).cpu().numpy()
@@ -1405,7 +1406,7 @@ def paper_lines(args, recipe, weight):
         return lines
     columns = paper_columns(args, recipe, weight)
     for run in trained_as(args, recipe):
-        row = {} if recipe.get("probe") else paper_row(run)
+        row = {} if recipe.get("probe") else paper_numbers(run)
         shown = columns.get(run["protocol"], ())
         numbers = [f"{name} {row[name]}" for name in shown if name in row]
         if numbers:
@@ -1595,6 +1596,7 @@ class Window(NamedTuple):
     clip: torch.Tensor  # (T,3,R,R) uint8, its first view
     values: np.ndarray  # (C,) probabilities, or of a single class its cosine similarity
     feature: np.ndarray | None  # (E,) if it is asked for
+    seconds: np.ndarray | None  # (T,) of a whole video: the times of the clip's frames, if known
 
 
 def batches_of(items, size):
@@ -1609,15 +1611,20 @@ def batches_of(items, size):
         yield batch
 
 
-def parts_of(path, views, args):
-    """Yields (start, end, (V,T,3,R,R) uint8) of each window of a video, or once for all of it."""
+def parts_of(path, views, args, damage):
+    """Yields (start, end, (V,T,3,R,R) uint8, seconds (T,) of the first view's frames or None) of
+    each window of a video, or once for all of it. `damage` is a data.Damage."""
+    threads = min(os.cpu_count(), 16)  # nothing else decodes meanwhile
     if not args.every:
-        yield 0.0, None, data.read_test(path, views)
+        reading = data.inspect_test(path, views, threads)
+        damage.count += reading.damaged
+        seconds = None if reading.seconds is None else reading.seconds[0]
+        yield 0.0, None, reading.frames, seconds
         return
     windows = data.read_windows(path, args.every, views.frames, views.size, views.short_side,
-                                data.SAMPLERS[views.sampling], args.stride)
+                                data.SAMPLERS[views.sampling], args.stride, threads, damage)
     for start, end, clip in windows:
-        yield start, end, clip[None]
+        yield start, end, clip[None], None
 
 
 def class_values(chosen, views):
@@ -1641,14 +1648,14 @@ def video_features(chosen, views):
 
 
 @torch.no_grad()
-def read_parts(chosen, path, names, args):
+def read_parts(chosen, path, names, args, damage):
     """Yields a Window for each window of --every, or one for the whole video."""
-    for parts in batches_of(parts_of(path, chosen.views, args), args.batch or 8):
-        views = torch.stack([view for _, _, view in parts])  # (b,V,T,3,R,R)
+    for parts in batches_of(parts_of(path, chosen.views, args, damage), args.batch or 8):
+        views = torch.stack([view for _, _, view, _ in parts])  # (b,V,T,3,R,R)
         values = class_values(chosen, views) if names else np.zeros((len(parts), 0))
         features = video_features(chosen, views) if args.features else [None] * len(parts)
-        for (start, end, view), row, feature in zip(parts, values, features):
-            yield Window(start, end, view[0], row, feature)
+        for (start, end, view, seconds), row, feature in zip(parts, values, features):
+            yield Window(start, end, view[0], row, feature, seconds)
 
 
 @torch.no_grad()
@@ -1705,16 +1712,18 @@ def draw_video(chosen, path, names, windows, frames, args, picture):
     titles = titles_of(names)
     best = np.argsort(-window.values, kind="stable")[:args.top or 5]
     draw_clip(chosen.model, window.clip, picture, [titles[i] for i in best],
-              window.values[best].tolist(), chosen.views.pixels, short_name(path))
+              window.values[best].tolist(), chosen.views.pixels, short_name(path), window.seconds)
 
 
 def classify_video(chosen, path, names, args, picture):
-    """Prints the classes of a video or of its windows, draws them to `picture` -> its Windows.
+    """Prints the classes of a video or of its windows, draws them to `picture`.
 
-    The Windows come without their clips. Raises VideoError.
+    Returns its Windows, of --every without their clips, and how many damaged frames were met.
+    Raises VideoError.
     """
     titles, output, windows, frames = titles_of(names), text_output(args), [], data.Thinned(64)
-    for window in read_parts(chosen, path, names, args):
+    damage = data.Damage()
+    for window in read_parts(chosen, path, names, args, damage):
         lines = [] if windows else [data.quoted(path, 300)]
         if args.every:
             lines.append(describe_window(window, titles, args.top or 3))
@@ -1726,12 +1735,15 @@ def classify_video(chosen, path, names, args, picture):
         windows.append(window)
     if picture:
         draw_video(chosen, path, names, windows, frames.items, args, picture)
-    return windows
+    if damage.count:
+        tqdm.write(f"warning: {data.quoted(path, 300)}: {damage.count} of the frames that were "
+                   "decoded are damaged", file=sys.stderr)
+    return windows, damage.count
 
 
-def json_record(path, names, windows, error=None):
+def json_record(path, names, windows, damaged, error):
     """What the JSON says of a video, values from high to low."""
-    record = {"video": path, "measure": measure_of(names), "windows": []}
+    record = {"video": path, "measure": measure_of(names), "damaged": damaged, "windows": []}
     for window in windows:
         order = np.argsort(-window.values, kind="stable")
         classes = {names[i]: round(float(window.values[i]), 6) for i in order}
@@ -1804,8 +1816,9 @@ def picture_paths(args, paths):
 def run_video(args):
     """--video: the classes of each video or of its windows. Status 1 if one of several fails.
 
-    JSON: [{"video", "measure", "windows": [{"start", "end", "classes": {name: value}}]}], values
-    from high to low, times in seconds, end null for a whole video; "error" if it cannot be read.
+    JSON: [{"video", "measure", "damaged", "windows": [{"start", "end", "classes": {name: value}}]}],
+    values from high to low, times in seconds, end null for a whole video; "damaged" counts frames
+    that are so among those decoded; "error" says why a video cannot be read.
     """
     if args.classes:
         named_classes(args.classes)  # what is wrong with them is told before the model is loaded
@@ -1821,9 +1834,9 @@ def run_video(args):
     records, features, failed = [], [], 0
     bar = data.progress_bar(paths, desc="videos", leave=False) if len(paths) > 2 else paths
     for path in bar:
-        windows, error = [], None
+        windows, damaged, error = [], 0, None
         try:
-            windows = classify_video(chosen, path, names, args, pictures[path])
+            windows, damaged = classify_video(chosen, path, names, args, pictures[path])
         except data.VideoError as caught:
             if len(paths) == 1:
                 raise
@@ -1832,7 +1845,7 @@ def run_video(args):
         if args.features:
             features += [(path, window._replace(clip=None)) for window in windows]
         if args.json:
-            records.append(json_record(path, names, windows, error))
+            records.append(json_record(path, names, windows, damaged, error))
     if args.json:
         write_json(args.json, records)
     if features:
@@ -1843,19 +1856,19 @@ def run_video(args):
 # ---- checking files --------------------------------------------------------------------------
 
 def run_check(args):
-    """--check: reads every video below a folder and names those that fail. Status 1 if any does."""
+    """--check: reads every video below a folder, and decodes every frame of it; names those that
+    fail or are damaged. Status 1 if there are any."""
     paths = data.videos_below(args.check)
     tell_passed_over(args.check)
     if not paths:
         raise ValueError(f"{args.check}: no videos below this folder")
-    video_list = data.VideoList(("",), tuple(paths), (0,) * len(paths))
-    loader = data.TestVideos(video_list, data.Views()).loader(1, args.workers)
+    loader = data.load_batches(data.CheckedVideos(paths), args.workers)
     errors = []
-    for _, _, unreadable in data.progress_bar(loader, desc="reading", unit="video"):
-        errors += [error for _, error in unreadable]
+    for found in data.progress_bar(loader, desc="reading", unit="video"):
+        errors += filter(None, found)
     for error in errors:
         print(error)
-    print(f"{len(errors)} of {len(paths)} videos cannot be read")
+    print(f"{len(errors)} of {len(paths)} videos cannot be read, or are damaged")
     return 1 if errors else 0
 
 
@@ -2060,7 +2073,7 @@ def add_model_flags(flag):
     flag("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     flag("--json", metavar="FILE",
          help='also write the results, - to standard output; of --video [{"video", "measure", '
-         '"windows": [{"start", "end", "classes": {name: value}}]}], in seconds, end null for a '
+         '"damaged", "windows": [{"start", "end", "classes": {name: value}}]}], in seconds, end null for a '
          "whole video; default: no file")
     flag("--picture", metavar="PNG",
          help="draw what the model made of the video, of several into a folder; with --every what "

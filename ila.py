@@ -13,7 +13,8 @@ MI stands for mutual information, what two frames share. Sections, in reading or
     other hosts: TimeSformer, EVL; released files                    the rest
 
 Who wants only the paper's method stops at the variants. What trains: everything outside `clip.`;
-without `num_classes` also CLIP's image tower and logit_scale; never the text tower.
+without `num_classes` also CLIP's image tower and logit_scale; with `finetune` and in TimeSformer
+the image tower; never the text tower.
 
 Letters as in clip_vit, and: g x g = P the patch grid, P patches, points (x, y) in [-1, 1].
 """
@@ -133,7 +134,7 @@ class PointNet(nn.Module):
         else:
             kernel, wide = 1, CHANNELS
             middle = [local(wide, CHANNELS, groups=CHANNELS)]
-        # The first layer's two halves; as checkpoints name them, A is no letter of this file.
+        # The first layer's two halves. Checkpoints call them A and B: no letters of this file.
         self.A = nn.Conv2d(width, wide, kernel, padding="same", bias=False)  # for frame t
         self.B = nn.Conv2d(width, wide, kernel, padding="same", bias=False)  # for frame t + 1
         self.layers = nn.Sequential(
@@ -180,9 +181,16 @@ def run_block(block, x, extra=None):
     return block(x.flatten(0, 1), extra=extra).view_as(x)
 
 
+class Encoded(NamedTuple):
+    """What a tower of aligned blocks makes of videos."""
+
+    x: torch.Tensor  # (B,T,N,D) after the last block; from a host the video's feature
+    loss: torch.Tensor  # weight * sum of the blocks' L_align [paper]
+    points: list  # (B,T-1,2,2) of each block that aligns
+
+
 def run_blocks(blocks, aligners, x, delta, weight):
-    """All blocks of a tower on x (B,T,N,D) -> Aligned: the last rows, weight * sum of the losses
-    [paper], and a list of the points of each block that aligns."""
+    """All blocks of a tower, each with its aligner, on x (B,T,N,D) -> Encoded."""
     loss, points = x.new_zeros(()), []
     for block, aligner in zip(blocks, aligners):
         aligned = aligner(x, block, delta)
@@ -190,7 +198,7 @@ def run_blocks(blocks, aligners, x, delta, weight):
         loss = loss + weight * aligned.loss
         if aligned.points is not None:
             points.append(aligned.points)
-    return Aligned(x, loss, points)
+    return Encoded(x, loss, points)
 
 
 class Alignment(nn.Module):
@@ -294,7 +302,8 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class ILAConfig:
-    """ILA's settings. Tables are the paper's. The released forms fix `align` to `rival`."""
+    """ILA's settings. Tables are the paper's. With a released form, all settings from `align` to
+    `rival` keep their defaults."""
 
     frames: int = knob(8, "T")
     form: str = knob("paper", "paper, released, released-ssv2")
@@ -380,7 +389,8 @@ def first_rows(visual, video, frames):
 
 
 def disturbance(epoch):
-    """The disturbance of the training points: it halves in every epoch from 30 on (from 0)."""
+    """The disturbance of the training points. It halves in epoch 30 and in each one after it,
+    counted from 0."""
     return DISTURBANCE * 0.5 ** max(0, epoch - DECAY_EPOCH)
 
 
@@ -395,7 +405,7 @@ def linear_head(width, classes):
 
 
 class AlignedModel(nn.Module):
-    """What ILA on CLIP and in other hosts share. `encode`: video (B,T,3,R,R) -> Aligned."""
+    """What ILA on CLIP and in other hosts share. `encode`: video (B,T,3,R,R) -> Encoded."""
 
     def __init__(self, clip, config):
         super().__init__()
@@ -695,7 +705,7 @@ class TemporalShift(NoAlignment):
     the frame after, zeros at the ends."""
 
     def forward(self, x, block, delta):
-        return Aligned(block.run(self.shifted_block, block, x))
+        return Aligned(block.checkpointed(self.shifted_block, block, x))
 
     def shifted_block(self, block, x):
         y = block.ln_1(x)  # (B,T,N,D)
@@ -819,7 +829,7 @@ class SpaceTimeBlock(nn.Module):
         self.drop = drop
 
     def forward(self, x, block, delta):
-        return Aligned(block.run(self.compute, block, x))
+        return Aligned(block.checkpointed(self.compute, block, x))
 
     def compute(self, block, x):
         B, T = x.shape[:2]
@@ -868,7 +878,7 @@ class TimeSformer(nn.Module):
         self.head = start_normal(nn.Linear(visual.embed, config.num_classes))
 
     def forward(self, visual, video, delta):
-        """Video (B,T,3,R,R) -> Aligned, with the video's feature (B,E) for x."""
+        """Video (B,T,3,R,R) -> Encoded, with the video's feature (B,E) for x."""
         if self.config.rival != "divided":
             check_video(video, self.config.frames)
         x = visual.tokens(video.flatten(0, 1)) + visual.positional_embedding
@@ -877,7 +887,7 @@ class TimeSformer(nn.Module):
         x = visual.ln_pre(torch.cat([x[:, :, :1], patches], dim=2))
         x, loss, points = run_blocks(visual.transformer.resblocks, self.aligners, x, delta,
                                      self.config.align_weight)
-        return Aligned(visual.project(x[:, :, 0]).mean(dim=1), loss, points)
+        return Encoded(visual.project(x[:, :, 0]).mean(dim=1), loss, points)
 
 
 def nearest_frames(positions, frames):
@@ -983,7 +993,7 @@ class EVL(nn.Module):
         self.head = linear_head(width, config.num_classes)
 
     def forward(self, visual, video, delta):
-        """Video (B,T,3,R,R) -> Aligned, with the video's feature (B,D) for x."""
+        """Video (B,T,3,R,R) -> Encoded, with the video's feature (B,D) for x."""
         frames, blocks = video.shape[:2], list(visual.transformer.resblocks)
         unread = len(blocks) - len(self.layers)
         read = [RecordedBlock(block) for block in blocks[unread:]]
@@ -996,7 +1006,7 @@ class EVL(nn.Module):
         for layer, block in zip(self.layers, read):
             recorded = [value.unflatten(0, frames) for value in (block.out, block.q, block.k)]
             token = layer(token, *recorded)
-        return Aligned(token[:, 0], loss, points)
+        return Encoded(token[:, 0], loss, points)
 
 
 HOSTS = {"timesformer": TimeSformer, "evl": EVL}
@@ -1126,7 +1136,7 @@ def from_evl(state):
     return config, state
 
 
-FORMATS = {  # a key that only this format has: its reader
+RELEASED_FORMATS = {  # a key that only this format has: its reader
     "mit.positional_embedding": from_ila, "time_embed": from_timesformer,
     "decoder.cls_token": from_evl,
 }
@@ -1139,11 +1149,11 @@ def read_released(state_dict):
     """
     state = {re.sub(r"^(module\.|model\.)+", "", key): torch.as_tensor(value)
              for key, value in state_dict.items()}
-    for marker, read in FORMATS.items():
+    for marker, read in RELEASED_FORMATS.items():
         if marker in state:
             return read(state)
     raise ValueError("not a released ILA, TimeSformer or EVL: none of the keys "
-                     f"{', '.join(FORMATS)}")
+                     f"{', '.join(RELEASED_FORMATS)}")
 
 
 def released_config(state_dict):

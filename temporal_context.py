@@ -39,7 +39,7 @@ class Seen(NamedTuple):
     keys: torch.Tensor  # (B*T,H,N+m,d)
     values: torch.Tensor  # (B*T,H,N+m,d)
     m: int  # the last m columns are references
-    bias: torch.Tensor | None  # (H,) added to the attention logits of the references
+    bias: torch.Tensor | None  # (H,) b_global - b_local, added to the references' attention logits
 
 
 def neighbours(kv):
@@ -143,7 +143,8 @@ def seed_scores(q, seen, patches):
 
     score(b,t,p) = mean over heads of A[class token -> patch p]. [released] A is the whole
     attention: its softmax also runs over the references with their bias. (In the paper's equation
-    it runs over the frame's own keys only.) Computed in fp32, whatever the autocast.
+    it runs over the frame's own keys only.) This row of A is computed once more here, since fused
+    attention does not give A; in fp32, whatever the autocast.
     """
     with full_precision(q.device):
         q, keys = at_least_float32(q), at_least_float32(seen.keys)
@@ -160,11 +161,6 @@ def take_rows(x, rows):
     first = n * torch.arange(B * T, device=x.device).view(B, T, 1)  # the first row of each frame
     flat = x.flatten(0, 2)  # (B*T*n,D)
     return flat.index_select(0, (first + rows).flatten()).unflatten(0, rows.shape)
-
-
-def add_mlp(block, x):
-    """x + MLP(LN_2 x)."""
-    return x + block.mlp(block.ln_2(x))
 
 
 # ---- the tower ----------------------------------------------------------------------------------
@@ -194,11 +190,11 @@ class ContextTower(nn.Module):
     """CLIP's vision tower with temporal context. It holds what CLIP lacks: biases and positions.
 
     CLIP's own tower `visual` comes with each call. `config` is a TCConfig (video_prompt.py);
-    `context_blocks` are the blocks whose context the text reads. Raises ValueError if a setting
-    does not fit the tower.
+    `read_by_text` are the numbers of the blocks whose context the text reads. Raises ValueError if
+    a setting does not fit the tower.
     """
 
-    def __init__(self, visual, config, context_blocks):
+    def __init__(self, visual, config, read_by_text):
         super().__init__()
         self.config = config
         blocks, patches = visual.transformer.resblocks, len(visual.positional_embedding) - 1
@@ -207,8 +203,8 @@ class ContextTower(nn.Module):
             raise ValueError(f"seed_ratio {config.seed_ratio} makes no seed of {patches} patches: "
                              "raise it")
         self.looking = looking_blocks(config, len(blocks))
-        self.read = {i % len(blocks) for i in context_blocks}
-        self.summarising = set(self.read)  # the blocks that make a context
+        self.read_by_text = set(read_by_text)
+        self.summarising = set(read_by_text)  # the blocks that make a context
         if config.reference == "context":
             self.summarising |= {i - 1 for i in self.looking}
         self.local_global_bias = nn.ParameterDict()  # {block: (H,2)}: b_local and b_global per head
@@ -228,12 +224,12 @@ class ContextTower(nn.Module):
         contexts, summaries = {}, {}
         blocks = visual.transformer.resblocks
         for i, block in enumerate(blocks):
-            run = self.run_block if i < len(blocks) - 1 else self.run_last_block
-            tokens, summary = block.run(run, block, i, tokens, context)
-            context = None
+            one_block = self.run_block if i < len(blocks) - 1 else self.run_last_block
+            tokens, summary = block.checkpointed(one_block, block, i, tokens, context)
+            context = None  # what the block looked at goes no further
             if i in self.summarising:
                 context, summaries[i] = summary.context, summary
-            if i in self.read:
+            if i in self.read_by_text:
                 contexts[i] = visual.project(context)  # (B,k,E)
         frames = visual.project(tokens[:, :, 0])  # (B,T,E)
         return Encoded(frames, contexts, summaries)
@@ -255,11 +251,11 @@ class ContextTower(nn.Module):
         y = block.ln_1(tokens)  # (B,T,N,D)
         seen = self.look(block, i, y, context)
         tokens = tokens + attend(block.attn, y, seen)  # tokens' = tokens + W_o A V
-        summary = None  # the old context gets no residual: it is dropped here
+        summary = None
         if i in self.summarising:
             seeds, scores = self.choose_seeds(block, y, seen)
             summary = self.summarise(block, take_rows(tokens, seeds + 1), seeds, scores)
-        return add_mlp(block, tokens), summary
+        return block.add_mlp(tokens), summary
 
     def run_last_block(self, block, i, tokens, context):
         """run_block, computed only at the rows that are used later: class tokens and seeds.
@@ -276,7 +272,7 @@ class ContextTower(nn.Module):
         tokens = take_rows(tokens, rows) + attend(block.attn, take_rows(y, rows), seen)
         if i in self.summarising:
             summary = self.summarise(block, tokens[:, :, 1:], seeds, scores)
-        return add_mlp(block, tokens[:, :, :1]), summary  # (B,T,1,D)
+        return block.add_mlp(tokens[:, :, :1]), summary  # (B,T,1,D)
 
     def look(self, block, i, y, context):
         """What frames look at in block i, from y = LN_1 tokens (B,T,N,D) and the context."""
@@ -288,7 +284,7 @@ class ContextTower(nn.Module):
             reference = reference_kv(self.config.reference, kv, context_kv)  # (B,T,m,2D)
             m = reference.shape[2]
             kv = torch.cat([kv, reference], dim=2)  # (B,T,N+m,2D)
-            if self.config.local_global_bias:  # a softmax sees only the difference of the two
+            if self.config.local_global_bias:  # b_local on all columns would change no softmax
                 b_local, b_global = self.local_global_bias[str(i)].unbind(dim=1)
                 bias = b_global - b_local  # (H,)
         keys, values = kv.flatten(0, 1).chunk(2, dim=-1)  # (B*T,N+m,D)
@@ -307,4 +303,4 @@ class ContextTower(nn.Module):
         c = self.config
         merged, sizes, group = merge_to(
             found.flatten(1, 2), c.context_tokens, c.merge_step, c.merge, sources=True)
-        return Summary(merged, add_mlp(block, merged), sizes, group, seeds, scores)
+        return Summary(merged, block.add_mlp(merged), sizes, group, seeds, scores)

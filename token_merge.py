@@ -5,8 +5,8 @@ TC-CLIP makes the context tokens of a video this way, from the seeds of all its 
 Sections: groups of tokens; bipartite soft matching; its rivals in the TC-CLIP paper; merging.
 
 A strategy only decides which tokens belong together: it gives every token the number of its group.
-`merge_to` then takes the mean of each group. All functions here are pure: tensors in, tensors out,
-without weights, without loops over videos or tokens, and without GPU-CPU synchronisation.
+`merge_to` then takes the mean of each group. There are no weights here, no loops over videos or
+tokens, and no GPU-CPU synchronisation; all functions but `fast_bipartite` are pure.
 
 Letters: B videos, n tokens, k groups, r pairs merged in one round, D width.
 """
@@ -96,7 +96,8 @@ def match(x, r):
 def bipartite(tokens, k, step):
     """Repeated bipartite soft matching [paper]: tokens (B,n,D) -> the group of each, (B,n) int64.
 
-    Carries sums of tokens where ToMe carries weighted means: the cosines are the same.
+    It carries the sum of each group, where ToMe carries the mean weighted by sizes. Both point in
+    the same direction, so the cosines are equal; `merge_to` takes the mean at the end.
     """
     sums, group = tokens, numbered(tokens)  # at first, each token is a group
     for r in merge_rounds(tokens.shape[1], k, step):
@@ -121,8 +122,8 @@ def record_bipartite(shape, dtype, device, k, step):
 def fast_bipartite(tokens, k, step):
     """`bipartite`, replayed on a GPU from a record: the same groups, up to five times as fast.
 
-    This trick may be skipped at first reading; tests/bench_gpu.py proves it equal. A round has some
-    20 small kernels, and the CPU takes longer to start them than the GPU to run them.
+    This trick may be skipped at first reading; tests/bench_gpu.py compares the two on a GPU. A
+    round has some 20 small kernels, which take the CPU longer to start than the GPU to run.
     """
     if not tokens.is_cuda or torch.compiler.is_compiling():
         return bipartite(tokens, k, step)

@@ -111,7 +111,7 @@ class Recipe:
     crops: int = knob(1, "test views in space, 1 or 3")
     pixels: str = knob("imagenet", "imagenet, clip or half (127.5): the pixels' mean and deviation")
     short_side: int = knob(
-        0, "pixels, before the crop; 0: 256/224 of the model's resolution")
+        0, "pixels, before the crop; 0: 256/224 of the resolution, with 3 crops the resolution")
     # augmentation
     flip: float = knob(0.5, "probability")
     jitter: float = knob(0.8, "probability")
@@ -154,7 +154,7 @@ class Recipe:
     compile: bool = knob(
         False, "torch.compile the training step: needs a C compiler, minutes at the start")
     checkpointing: bool = knob(
-        False, "compute blocks' values again in backward: less memory, 1/4 more time")
+        False, "compute blocks' values again in backward: less memory, 1/4 to 1 more time")
     model: dict = dataclasses.field(default_factory=dict)  # overrides of the model's configuration
 
     def __post_init__(self):
@@ -237,7 +237,7 @@ FEW_UPDATES = 200  # a run with fewer hardly moves CLIP
 PROBE = dict(lr=1e-3, lr_min=1e-5, new_lr=1.0, smoothing=0.0, mixup=0.0, cutmix=0.0)  # [ours]
 PROTOCOLS = tuple(PROTOCOL_RECIPES)
 SWEPT = ("shots", "seed")  # settings of which several values, as in shots=2,4,8, are several runs
-TRANSFER = ("hmdb51", "ucf101", "k600")  # zero-shot tests of a model trained on Kinetics
+TRANSFER = ("hmdb51", "ucf101", "k600")  # the zero-shot tests after training
 
 
 # ---- optimisation --------------------------------------------------------------------------------
@@ -881,7 +881,7 @@ def scores_of(run, videos, picture=None):
 
 
 def transfer(run, root):
-    """Zero-shot tests of a model trained on Kinetics.
+    """Zero-shot tests of a model that was trained on one of the known data sets.
 
     Returns {dataset: {"plain" or "ensembled": {test set: scores}}}; a dataset whose folder does not
     lie beside the training's has {"missing": reason}. The ensemble is 0.7 of the tuned weights and
@@ -927,7 +927,8 @@ def announce(recipe, folder, train_videos, tests, device):
     classes, count = len(train_videos.classes), len(train_videos.paths)
     text = (f"{folder}: {recipe.method} on {recipe.dataset}, {count} training videos of {classes} "
             f"classes; tests: {sizes}; on {device_name(device)}")
-    expected = data.CLASS_COUNTS.get(recipe.dataset, classes)
+    known = data.KNOWN.get(recipe.dataset)
+    expected = known.classes if known else classes
     if classes != expected and recipe.protocol != "base2novel":
         text += (f" ({recipe.dataset} has {expected} classes: is this its folder, with its "
                  "annotations?)")
@@ -986,7 +987,7 @@ def test_best(run, tests, root):
         videos = data.TestVideos(videos, test_views, recipe.keep_decoded)
         results["tests"][name] = scores_of(run, videos, picture)
     results["seconds"] = round(history[-1]["seconds"], 1)
-    if recipe.protocol == "zeroshot" and recipe.dataset in data.PAGES:
+    if recipe.protocol == "zeroshot" and recipe.dataset in data.KNOWN:
         results["transfer"] = transfer(run, root)
     return results
 
@@ -1319,7 +1320,7 @@ def table_values(protocol, method, dataset, host=None):
     values = {"model": {}} | PROTOCOL_RECIPES[protocol] | METHOD_RECIPES[method]
     if (protocol, method, dataset) in DATASET_RECIPES:
         values |= DATASET_RECIPES[protocol, method, dataset]
-    if host in HOST_RECIPES and dataset in data.PAGES:  # else few videos, which need their own
+    if host in HOST_RECIPES and dataset in data.KNOWN:  # else few videos, which need their own
         values |= HOST_RECIPES[host]
     if dataset == "folder":
         values |= FOLDER
@@ -1327,8 +1328,8 @@ def table_values(protocol, method, dataset, host=None):
         values |= MINIATURE
         if method in MINIATURE_METHODS:
             values |= MINIATURE_METHODS[method]
-    if dataset == "ssv2":
-        values["flip"] = 0.0  # left and right are part of its classes
+    if dataset in data.KNOWN and not data.KNOWN[dataset].flips:
+        values["flip"] = 0.0
     return values
 
 
@@ -1482,7 +1483,7 @@ def paper_row(recipe):
 
     The zero-shot rows are those of ensembled models.
     """
-    columns = {name: [value] for name, value in evaluation.paper_row(recipe).items()}
+    columns = {name: [value] for name, value in evaluation.paper_numbers(recipe).items()}
     kind = ", ensembled," if recipe["protocol"] == "zeroshot" else ""
     if recipe["checkpoint"]:
         kind += ", from a Kinetics model,"

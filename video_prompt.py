@@ -28,7 +28,7 @@ from torch import nn
 
 from clip_vit import (TextCache, cosine_logits, join_projections, knob, no_string, require_text,
                       split_capitals, state_dict_in)
-from temporal_context import CHOICES, ContextTower, add_mlp
+from temporal_context import CHOICES, ContextTower
 
 
 # ---- prompting -----------------------------------------------------------------------------------
@@ -36,11 +36,11 @@ from temporal_context import CHOICES, ContextTower, add_mlp
 class PromptLayer(nn.Module):
     """Multi-head cross-attention of the prompt vectors p to the video's context c. [paper]
 
-        p^ = p + MHCA(LN_p p, LN_s c, LN_s c)
+        p^ = p + MHCA(LN_p p, LN_c c, LN_c c)     queries, keys, values
         p~ = p^ + MLP(LN p^)
 
     It begins with the weights of the text block before which it stands. [released] LN_p is `ln_1`,
-    LN_s is `ln_1_kv`; both begin as that block's LN_1.
+    LN_c is `ln_1_kv`; both begin as that block's LN_1.
     """
 
     def __init__(self, block):
@@ -139,6 +139,12 @@ def check_blocks(name, blocks, count):
 class TCCLIP(nn.Module):
     """TC-CLIP: vision with temporal context, and text prompted by each video's context tokens.
 
+        forward
+            encode         ContextTower: the video's feature, and its context tokens
+            encode_text
+                shared_text    what no video changes, kept by text_cache; fast form: class_side
+                prompt_text    what videos change: prompted_blocks; fast form: last_block
+
     Raises ValueError if the config does not fit the CLIP.
     """
 
@@ -156,7 +162,7 @@ class TCCLIP(nn.Module):
         self.fast_text = list(self.levels) == [len(self.text_blocks) - 1]  # as in the paper
         self.text_cache = TextCache(clip)
         self.register_buffer("tokens", None, persistent=False)
-        clip.token_embedding.requires_grad_(False)  # [released] the only CLIP tensor not trained
+        clip.token_embedding.requires_grad_(False)  # [released] not trained
 
     @property
     def text_blocks(self):
@@ -204,7 +210,7 @@ class TCCLIP(nn.Module):
         if self.tokens is None:
             raise ValueError("no classes yet: call set_classes(names) first")
         feature, contexts = self.encode(video)
-        text = self.encode_text(contexts)  # (B,C,E), or (C,E) if no video is prompted in
+        text = self.encode_text(contexts)  # (B,C,E), or (C,E) unless prompting is "video"
         logits = cosine_logits(feature, text, self.clip.logit_scale)
         return logits, logits.new_zeros(())
 
@@ -227,7 +233,7 @@ class TCCLIP(nn.Module):
         """Embeds class names, prompted by each video (B,T,3,R,R): (B,C,E), not normalised.
 
         Without a video it gives (C,E): the vectors stay as they were learned, and no prompt layer
-        runs [ours]. It also gives (C,E) if the config prompts no video in.
+        runs [ours]. It also gives (C,E) unless the config's prompting is "video".
         """
         tokens = self.tokenize(names)
         if video is None:
@@ -237,7 +243,7 @@ class TCCLIP(nn.Module):
     # ---- text
 
     def encode_text(self, contexts):
-        """The classes' text, prompted by {block: (B,k,E)} -> (B,C,E); (C,E) if by no video."""
+        """The classes' text, prompted by {block: (B,k,E)} -> (B,C,E) or (C,E)."""
         shared = self.text_cache(lambda: self.shared_text(self.tokens))
         return self.prompt_text(shared, self.tokens, contexts)
 
@@ -252,7 +258,7 @@ class TCCLIP(nn.Module):
         """What the videos change: shared_text and {block: (B,k,E)} -> (B,C,E)."""
         if self.fast_text:
             (context,) = contexts.values()
-            x = self.text_blocks[-1].run(self.last_block, shared, context)
+            x = self.text_blocks[-1].checkpointed(self.last_block, shared, context)
             return self.project(x)
         if self.levels:
             shared = self.prompted_blocks(shared, contexts)  # (B,C,L,W)
@@ -303,6 +309,7 @@ class TCCLIP(nn.Module):
         fixed = torch.cat([x[:, :1], x[:, 1 + M:]], dim=1)  # (C,L-M,W), start and name
         k, v = block.attn.keys_values(block.ln_1(fixed))  # (C,H,L-M,d)
         position = torch.arange(fixed.shape[1], device=x.device)
+        # the end token stands M places earlier in `fixed`, which lacks the vectors
         behind_end = position > tokens.argmax(dim=-1, keepdim=True) - M  # (C,L-M)
         x = end_rows(x, tokens)  # (C,W)
         q = block.attn.queries(block.ln_1(x[:, None]))  # (C,H,1,d)
@@ -320,7 +327,7 @@ class TCCLIP(nn.Module):
         A = torch.cat([one_key, logits], dim=-1).softmax(dim=-1)  # (B,C,H,1+M)
         heads = A[..., :1] * side.value  # (B,C,H,d)
         heads = heads + torch.einsum("bchm,bhmd->bchd", A[..., 1:], v)
-        return add_mlp(block, side.x + block.attn.out_proj(heads.flatten(-2)))
+        return block.add_mlp(side.x + block.attn.out_proj(heads.flatten(-2)))
 
 
 # ---- released checkpoints ------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """One page on what the models do on a GPU; started by tests/bench_gpu.sh, which says how.
 
-Sections: exactness against the CPU; speed of forward passes and training steps; text once per step;
-where a step's time goes; training runs (fp16 scaling, one NCCL process, sync_bn, kill -9).
+Sections: exactness against the CPU; where a step's time goes; training runs (fp16 scaling, one NCCL
+process, sync_bn, kill -9); speed of forward passes and training steps; text once per step; training
+steps with checkpointing, in the published form, and compiled.
 
 Every part is given the time that is left of the limit; a row for which none is left says so.
 With --tiny everything is small, and the CPU stands in for the GPU: a dry run.
@@ -31,10 +32,12 @@ from helpers import tiny_clip  # noqa: E402
 from torch import nn  # noqa: E402
 
 import data  # noqa: E402
-from clip_vit import Block, read_checkpoint  # noqa: E402
+from clip_vit import Block, read_checkpoint, text_once  # noqa: E402
 from eval import autocast, build_model  # noqa: E402
+from token_merge import bipartite, fast_bipartite, merge_to  # noqa: E402
 
 METHODS = {"frame pooling": "vifi", "TC-CLIP": "tc", "ILA": "ila"}
+PARTS = ("exactness", "profile", "merging", "runs", "speed", "text", "variants", "compiled")
 LIMIT = 340  # seconds for the whole page
 BEGAN = time.monotonic()
 
@@ -59,6 +62,8 @@ def small_model(method):
     """A method around a tiny random CLIP, on the CPU in float32, with three classes."""
     torch.manual_seed(0)
     settings = {} if method == "ila" else {"prompt": "a pic"}
+    if method == "tc":
+        settings["context_tokens"] = 5  # below the 8 x 4 seeds, so that they are merged
     clip = tiny_clip(vision_layers=3, text_layers=2)
     model = build_model({"method": method, "frames": 8, "model": settings}, clip)
     model.set_classes(["red to blue", "blue to red", "green"])
@@ -179,7 +184,7 @@ def speed(args, device, peak_rate):
         bases = {}
         for title, method in METHODS.items():
             for batch in batches[:2] if args.tiny else batches:
-                if left() < 150 and batch != 8:
+                if left() < 110 and batch != 8:
                     continue
                 model = full_model(method, args, classes, device)
                 video = random_video(model, batch, args, device)
@@ -208,24 +213,68 @@ def variants(args, device):
                 block.checkpointing = True
         seconds, peak = measure(model, video, True)
         print_row(f"{title}, checkpointing", batch, seconds, base / batch, peak, 0)
-    if left() > 120:
+    if left() > 60:
         model = full_model("tc", args, 400, device)
         base, _ = measure(model, random_video(model, 1, args, device), True)
         names = [f"{i:07d}" for i in range(400)]
         published = Published(model, names)
         seconds, peak = measure(published, random_video(model, 1, args, device), True)
         print_row("TC-CLIP as published (x time: of ours)", 1, seconds, base, peak, 0)
-    for title, method in METHODS.items():
-        if left() < 110:
-            print(f"{title}, compiled: no time left")
-            continue
-        model = full_model(method, args, 400, device)
-        video = random_video(model, batch, args, device)
-        base, _ = measure(model, video, True)
-        backend = "aot_eager" if args.tiny else "inductor"
-        seconds, peak = measure(torch.compile(model, backend=backend), video, True)
-        print_row(f"{title}, compiled", batch, seconds, base / batch, peak, 0)
-        torch.compiler.reset()
+
+
+def compiled(args, device, title):
+    """One method's training step under torch.compile, and how long the first steps took."""
+    section(f"{title}, training step at 400 classes, compiled (x time: of the same, eager)")
+    batch = 2 if args.tiny else 8
+    model = full_model(METHODS[title], args, 400, device)
+    video = random_video(model, batch, args, device)
+    base, _ = measure(model, video, True)
+    backend = "aot_eager" if args.tiny else "inductor"
+    fast = torch.compile(model, backend=backend)
+    began = time.perf_counter()
+    step(fast, video, "bf16", True)
+    synchronise()
+    print(f"the first step, with compiling: {time.perf_counter() - began:.0f} s", flush=True)
+    seconds, peak = measure(fast, video, True)
+    print_row(f"{title}, compiled", batch, seconds, base / batch, peak, 0)
+    torch.compiler.reset()
+
+
+def accumulated_step(model, video, micro_batches, shared):
+    """An optimiser step's gradients over equal micro-batches; the text once, or in each of them."""
+    labels = torch.zeros(len(video), dtype=torch.int64, device=video.device)
+    with text_once(model) if shared else contextlib.nullcontext() as text:
+        for i in range(micro_batches):
+            if shared:
+                text.last = i + 1 == micro_batches
+            with autocast(video.device, "bf16"):
+                logits, aux = model(video)
+            loss = F.cross_entropy(logits.float(), labels) + aux
+            text.backward(loss) if shared else loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def text_once_per_step(args, device):
+    """Optimiser steps with the text once per step, as train.py does, and once per micro-batch."""
+    videos = 8 if args.tiny else 32
+    section(f"training steps of {videos} videos at 400 classes, steps/s")
+    print(f"{'':32}{'micro_batch':>12}{'text once':>12}{'text in each':>14}{'ratio':>8}")
+    for title in ("frame pooling", "TC-CLIP"):
+        model = full_model(METHODS[title], args, 400, device).train()
+        for size in (2, 8):
+            video = random_video(model, size, args, device)
+            medians = []
+            for shared in (True, False):
+                seconds = []
+                for _ in range(2 if args.tiny else 4):
+                    synchronise()
+                    began = time.perf_counter()
+                    accumulated_step(model, video, videos // size, shared)
+                    synchronise()
+                    seconds.append(time.perf_counter() - began)
+                medians.append(float(np.median(seconds[1:])))
+            once, each = medians
+            print(f"{title:32}{size:12}{1 / once:12.2f}{1 / each:14.2f}{each / once:8.2f}", flush=True)
 
 
 # ---- where the time goes -------------------------------------------------------------------------
@@ -277,8 +326,7 @@ def profile(args, device):
 
 
 def merging(args, device):
-    """Milliseconds of one block's merging at batch 1 and 8, beside those of the block."""
-    from token_merge import merge_to
+    """Milliseconds of one block's merging, and whether its CUDA graph gives bipartite's groups."""
     section("merging 16 x 58 seeds to 96 context tokens, bf16, ms (12 times a pass)")
     for batch in (1, 8):
         seeds = torch.randn(batch, 928, 768, device=device, dtype=torch.bfloat16)
@@ -289,7 +337,11 @@ def merging(args, device):
             merge_to(seeds, 96, 100)
             synchronise()
             seconds.append(time.perf_counter() - began)
-        print(f"batch {batch}: {1e3 * np.median(seconds[2:]):.2f} ms")
+        plain = bipartite(seeds.float(), 96, 100)
+        same = (fast_bipartite(seeds.float(), 96, 100) == plain).double().mean().item()
+        again = (bipartite(seeds.float(), 96, 100) == plain).double().mean().item()
+        print(f"batch {batch}: {1e3 * np.median(seconds[2:]):.2f} ms; tokens in the same group as "
+              f"without the graph: {same:.2%}, without it once more: {again:.2%}")
 
 
 # ---- training runs -------------------------------------------------------------------------------
@@ -374,7 +426,7 @@ def main(args):
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (dry run)"
     print(f"{card}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, "
           f"Python {sys.version.split()[0]}")
-    parts = args.parts or ["exactness", "speed", "profile", "merging", "runs", "variants"]
+    parts = args.parts or PARTS
     if "exactness" in parts:
         exactness(device)
     torch.set_float32_matmul_precision("high")  # as the scripts do: TF32 for what stays float32
@@ -386,8 +438,16 @@ def main(args):
         runs(args)
     if "speed" in parts:
         speed(args, device, matmul_rate(device, args.tiny))
+    if "text" in parts:
+        text_once_per_step(args, device)
     if "variants" in parts:
         variants(args, device)
+    if "compiled" in parts:
+        for title in METHODS:
+            if args.parts or left() > 60:
+                compiled(args, device, title)
+            else:
+                print(f"{title}, compiled: no time left; give --parts compiled")
     print(f"\ndone in {LIMIT - left():.0f} s")
 
 
@@ -395,8 +455,7 @@ def parse_args(arguments=None):
     parser = argparse.ArgumentParser(prog="bench_gpu.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a dry run; the CPU may stand in")
-    parser.add_argument("--parts", nargs="+", choices=("exactness", "speed", "profile", "merging",
-                                                       "runs", "variants"), help="default: all")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all")
     return parser.parse_args(arguments)
 
 

@@ -4,12 +4,16 @@ This is the best first reading. The weights are those of a TCCLIP (video_prompt.
 gives the same logits and gradients in float64 (tests/test_tc.py). Here the text tower runs once for
 every video, and every block computes every row, as in the published code.
 
+This is the whole of the default configuration, with joint positions, no merging, no biases, several
+prompt levels or gradients into the context as its only variants.
+
     encode_video   frames -> blocks with temporal context -> frame features, context tokens
     encode_text    class names -> blocks, prompted by the video's context -> text features
     logits         exp(s) cos(mean of the frame features, text feature)
 
 Letters: T frames, N = 1 + P tokens of a frame, D width, H heads of width d, S seeds per frame,
-k context tokens, C classes, L text length, M prompt vectors, W text width, E joint width.
+k context tokens, C classes, L text length, M prompt vectors, W text width, E joint width; n rows of
+queries, m rows of keys.
 """
 
 import torch
@@ -20,7 +24,7 @@ from clip_vit import split_capitals
 
 # ---- attention and MLP ---------------------------------------------------------------------------
 
-def heads(attn, x, part):
+def project_heads(attn, x, part):
     """Queries, keys or values (part 0, 1 or 2) of x (...,n,D) -> (...,H,n,d)."""
     weight = attn.in_proj_weight.chunk(3)[part]  # (D,D)
     bias = attn.in_proj_bias.chunk(3)[part]  # (D,)
@@ -29,9 +33,9 @@ def heads(attn, x, part):
 
 def attention(attn, x_q, x_kv, bias):
     """A = softmax(q k^T / sqrt(d) + bias); gives W_o A V (...,n,D) and A (...,H,n,m)."""
-    q = heads(attn, x_q, 0)  # (...,H,n,d)
-    k = heads(attn, x_kv, 1)  # (...,H,m,d)
-    v = heads(attn, x_kv, 2)
+    q = project_heads(attn, x_q, 0)  # (...,H,n,d)
+    k = project_heads(attn, x_kv, 1)  # (...,H,m,d)
+    v = project_heads(attn, x_kv, 2)
     A = (q @ k.transpose(-1, -2) / k.shape[-1] ** 0.5 + bias).softmax(dim=-1)
     out = (A @ v).transpose(-2, -3).flatten(-2)  # (...,n,D)
     return attn.out_proj(out), A
@@ -56,7 +60,7 @@ def local_global_bias(model, i, N, k):
 def merge_round(x, sizes, r):
     """One round of bipartite soft matching: x (n,D) with sizes (n,) -> n - r tokens with sizes.
 
-    a = even tokens, b = odd tokens. Each a picks its most similar b, and the r best pairs merge:
+    a = tokens 0, 2, 4, ..., b = tokens 1, 3, 5, .... Each a picks its most similar b, and the r best pairs merge:
     b becomes the size-weighted mean of itself and of all a that join it.
     """
     a, size_a = x[::2], sizes[::2]
@@ -86,7 +90,9 @@ def merge(x, k, step):
 def choose_seeds(tokens, A, S):
     """The S patches of each frame that its class token attends to most, in decreasing order.
 
-    tokens (T,N,D), A (T,H,N,m) -> (T*S,D), frame after frame.
+    tokens (T,N,D), A (T,H,N,m) -> (T*S,D), frame after frame. The order matters: when they are merged,
+    those at even places choose among those at odd places. [released] A is the block's own attention,
+    a softmax over the context too, with its bias; the paper's runs over the frame's own keys.
     """
     T, N, _ = tokens.shape
     scores = A[:, :, 0, 1:N].mean(dim=1)  # (T,P), mean over heads
@@ -127,7 +133,7 @@ def encode_video(model, video):
 # ---- text: the prompts take up the video's context -----------------------------------------------
 
 def prompt_layer(layer, p, c):
-    """p^ = p + MHCA(LN_p p, LN_s c, LN_s c), then p~ = p^ + MLP(LN p^). p (M,W), c (k,W)."""
+    """p^ = p + MHCA(LN_p p, LN_c c, LN_c c), then p~ = p^ + MLP(LN p^). p (M,W), c (k,W)."""
     out, _ = attention(layer.attn, layer.ln_1(p), layer.ln_1_kv(c), bias=0.0)
     return add_mlp(layer, p + out)
 
@@ -144,12 +150,13 @@ def encode_text(model, contexts, tokens):
     x = with_vectors(clip.token_embedding(tokens), model.vectors)  # (C,L,W)
     x = x + clip.positional_embedding[:L]
     causal = x.new_full((L, L), -torch.inf).triu(1)
+    layers = dict(zip(model.levels, model.prompt_layers))  # {text block: its prompt layer}
     for j, block in enumerate(clip.transformer.resblocks):
-        if j in model.levels:  # in the paper only the last block
-            c = contexts[model.levels[j]]  # (k,E)
+        if j in layers:  # in the paper only the last block
+            c = contexts[model.levels[j]]  # (k,E), of the vision block that belongs to block j
             if model.config.stop_gradient:
                 c = c.detach()
-            layer = model.prompt_layers[list(model.levels).index(j)]
+            layer = layers[j]
             x = with_vectors(x, prompt_layer(layer, x[0, 1:1 + M], c))
         y = block.ln_1(x)
         out, _ = attention(block.attn, y, y, causal)

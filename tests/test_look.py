@@ -84,11 +84,7 @@ def test_time_is_that_of_the_stamps_and_not_the_frame_number(tmp_path):
 
 def test_without_stamps_frames_are_counted_and_without_a_rate_it_is_an_error(long, tmp_path):
     def frames(count, rate, time=None):  # as a decoder might give them
-        stream = type("Stream", (), {"average_rate": rate})
-        decoded = [type("Frame", (), {"time": time})] * count
-        codec = type("Codec", (), {"decode": staticmethod(lambda packet: decoded if packet is None else [])})
-        container = type("Container", (), {"demux": staticmethod(lambda stream: [])})
-        return [time for time, _ in data.timed_frames(container, stream, codec)]
+        return [time for time, _ in data.timed_frames([type("Frame", (), {"time": time})] * count, rate)]
     assert frames(4, Fraction(10)) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     assert frames(3, Fraction(2), time=7.0) == [0, 0.5, 1.0, 1.5]  # stamps that stand still
     with pytest.raises(ValueError, match="stamps"):
@@ -98,6 +94,53 @@ def test_without_stamps_frames_are_counted_and_without_a_rate_it_is_an_error(lon
     (tmp_path / "bad.mp4").write_bytes(b"nothing")
     with pytest.raises(data.VideoError, match="bad.mp4"):
         next(data.read_windows(tmp_path / "bad.mp4", 1, 4, 32, 32))
+
+
+def damage_some(path):
+    """Overwrites a part of every fourth packet in the middle of a video."""
+    whole = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        spots = [(packet.pos + packet.size // 4 * 2, packet.pos + packet.size) for packet in container.demux(video=0) if packet.size]
+    for start, end in spots[20:40:4]:
+        whole[start:end] = b"\xff" * (end - start)
+    path.write_bytes(whole)
+    return path
+
+
+@pytest.mark.parametrize("codec, damaged", [("libx264", False), ("libx264", True), ("libx265", True), ("mpeg4", True),
+                                            ("libvpx-vp9", True)])
+def test_threads_change_no_window_and_no_count_of_damage(tmp_path, codec, damaged):
+    path = write_video(tmp_path / "clip.mkv", codec, frames=60, size=(128, 96), g="15")
+    if damaged:
+        damage_some(path)
+    found = []
+    for threads in (1, 2, 4):
+        damage = data.Damage()
+        windows = list(data.read_windows(path, 0.3, 4, 32, 32, threads=threads, damage=damage))
+        found.append(([window[:2] for window in windows], torch.stack([clip for _, _, clip in windows]), damage.count))
+    assert all(times == found[0][0] and torch.equal(clips, found[0][1]) and count == found[0][2] for times, clips, count in found)
+    assert (found[0][2] > 0) == damaged
+
+
+def test_threads_change_no_frame_of_a_whole_video(tmp_path):
+    for number, codec in enumerate(("libx264", "libx265", "mpeg4", "libvpx-vp9", "mpeg2video")):
+        path = write_video(tmp_path / f"{number}.mkv", codec, frames=60, size=(128, 96), g="15")
+        for file in (path, damage_some(path)):
+            one, four = (data.inspect_test(file, data.Views(8, 64, 73), threads) for threads in (1, 4))
+            assert torch.equal(one.frames, four.frames) and one.damaged == four.damaged
+
+
+def test_damage_is_told(tmp_path, tuned, capsys):
+    good, bad = (write_video(tmp_path / "videos" / name, frames=60, size=(128, 96)) for name in ("good.mp4", "bad.mp4"))
+    damage_some(bad)
+    status, out, _ = evaluate(capsys, "--check", tmp_path / "videos", "--workers", "1")
+    assert status == 1 and re.search(r"bad\.mp4: \d+ of \d+ frames are damaged", out) and "good.mp4" not in out
+    for every in ((), ("--every", "1s")):
+        status, _, err = evaluate(capsys, "--video", tmp_path / "videos", "--checkpoint", tuned, "--classes", NAMES, *every,
+                                  "--json", tmp_path / "a.json")
+        assert status == 0 and re.search(r"warning: .*bad\.mp4: \d+ of the frames that were decoded are damaged", err)
+        first, second = json.loads((tmp_path / "a.json").read_text())
+        assert first["damaged"] > 0 == second["damaged"] and "good.mp4:" not in err
 
 
 def test_windows_are_decoded_one_at_a_time(long, monkeypatch):

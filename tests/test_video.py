@@ -217,6 +217,16 @@ def test_a_damaged_file_is_sampled_over_what_decodes(tmp_path, part, bf):
     assert totals[0] == 60 and totals[-1] == count and len(totals) > 1  # not skimmed: counted
 
 
+@pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.mkv", "libvpx-vp9"), ("a.avi", "mpeg4"), ("a.ts", "mpeg2video")])
+def test_frames_come_with_their_times(tmp_path, name, codec):
+    """25 frames a second; an AVI with B-frames has no rising stamps that could be trusted."""
+    path = write_video(tmp_path / name, codec, frames=50, size=(64, 64), bf="0" if name == "a.avi" else "2")
+    index = np.array([[0, 10], [20, 49]])
+    reading = data.inspect_frames(path, lambda total: index, 64)
+    np.testing.assert_allclose(reading.seconds, index / 25, atol=2e-3)
+    assert data.seconds_at(index, [0, None, 2], 1) is None and data.seconds_at(index, [0, 2, 1], 1) is None
+
+
 def test_a_file_cut_before_its_first_key_frame(tmp_path):
     """A cut without re-encoding leaves pictures that need what was cut off: they have time stamps but do not decode."""
     options = {"bf": "3", "g": "12", "x264-params": "open-gop=1:scenecut=0:b-adapt=0"}
