@@ -24,7 +24,7 @@ import stat
 import sys
 import unicodedata
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -116,6 +116,10 @@ SYSTEM_ERRORS = {errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFI
 # them: they lead to other files.
 CONTAINERS = ("mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,mxf,rm,dv,nut,ivf,h264,hevc,"
            "m4v,mjpeg,vc1,obu,dhav,wtv,yuv4mpegpipe")
+# Codecs whose decoders run on several threads and make the same frames; those of the others (HEVC,
+# VP8) hide damage, and fill it with what lies in memory.
+SIDE_BY_SIDE = ("h264", "mpeg4", "mpeg2video", "vp9", "av1")
+MOST_REORDERED = 16  # frames, between the order of decoding and that of display
 PACKED = rb"DivX\d+(b|Build)\d+p"  # [DivX, XviD] says that packets may hold two pictures
 
 
@@ -170,9 +174,9 @@ def open_video(path, max_pixels=MAX_PIXELS, threads=1):
                 codec = stream.codec_context
                 if not 0 < codec.width * codec.height <= max_pixels:
                     raise ValueError(f"frame size unknown or above {max_pixels} pixels")
-                codec.options, codec.thread_count = limit, threads
-                if threads > 1:
-                    codec.thread_type = "AUTO"  # frames side by side, not only a frame's slices
+                codec.options, codec.thread_count = limit, 1
+                if codec.codec.canonical_name in SIDE_BY_SIDE:
+                    codec.thread_count, codec.thread_type = threads, "FRAME"
                 yield Video(container, stream, codec)
             if file.error:
                 raise file.error
@@ -727,19 +731,22 @@ def decoded_frames(path, video, damage):
     """Yield every frame of an open Video that decodes, in order; `damage` counts, see Damage.
 
     Several threads make other frames of damage. So where the first is met, one thread begins anew
-    and yields the frames that are left.
+    and yields the frames that are left. Frames are held back meanwhile, since those that need a
+    damaged one may be shown before it.
     """
-    several, count = video.codec.thread_count > 1, 0
+    several, count, held = video.codec.thread_count > 1, 0, deque()
     for packet in chain(demux(video), [None]):
         frames = decode(video.codec, packet)
         bad = 1 if frames is None else sum(frame.is_corrupt for frame in frames)
         if bad and several:
             break
         damage.count += bad
-        for frame in frames or ():
-            yield frame
+        held.extend(frames or ())
+        while len(held) > (MOST_REORDERED if several else 0):
+            yield held.popleft()
             count += 1
     else:
+        yield from held
         return
     with open_video(path) as again:
         yield from islice(decoded_frames(path, again, damage), count, None)
