@@ -41,6 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from av.bitstream import BitStreamFilterContext
+from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import VideoReformatter
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
@@ -220,7 +221,8 @@ def to_image(reformatter, short_side, frame):
     image = torch.from_numpy(rgb)[None].permute(0, 3, 1, 2)  # (1, 3, H, W)
     scale = short_side / short
     image = resize(image, round(frame.height * scale), round(frame.width * scale))  # (1, 3, h, w)
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    # not frame.side_data: frame and container would hold each other, and stay in memory for long
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     return image if matrix is None else upright(image, np.frombuffer(matrix, np.int32))
 
 
