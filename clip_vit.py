@@ -269,8 +269,8 @@ def tokenize(texts, length=77, merges=None, vocabulary=49408):
             parts += [word] if word in (START, END) else byte_pair_encode(word, ranks)
         parts.append(END)
         if len(parts) > length:
-            raise ValueError(f"text of {len(parts)} tokens does not fit in {length}: {text!r:.100};"
-                             " shorten it, or in TC-CLIP's training raise text_length")
+            raise ValueError(f"text of {len(parts)} tokens does not fit in {length}: "
+                             f"{text!r:.100}; shorten it")
         row[:len(parts)] = torch.tensor([ids[part] for part in parts])
     return tokens
 
@@ -1134,7 +1134,9 @@ def find_weights(source):
         for name in FOLDER_FILES:
             if (path / name).is_file():
                 return path / name
-        raise ValueError(f"{source}: a folder without {', '.join(FOLDER_FILES)}")
+        below = sorted(found.parent for found in path.glob(f"*/{FOLDER_FILES[0]}"))
+        advice = f"; there is {below[0]}" if below else ""
+        raise ValueError(f"{source}: a folder without {', '.join(FOLDER_FILES)}{advice}")
     if not path.is_file():
         raise ValueError(f"{source}: no such file or folder, nor one of {', '.join(OPENAI_MODELS)}")
     return path

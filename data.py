@@ -707,7 +707,7 @@ def read_clip(path, frames=16, size=224, short_side=None):
 
 
 def timed_frames(frames, rate):
-    """Yields (seconds since the first frame, frame) of the frames in order, at last (the end, None).
+    """Yields (seconds since the first frame, frame) of frames in order, at last (the end, None).
 
     Time stamps give the times. Where one is missing or does not rise, a frame begins an average
     frame's duration, 1 / rate, after the one before it.
@@ -800,7 +800,8 @@ def read_windows(path, seconds, frames, size, short_side, indices=frame_indices,
     start, end, stride: seconds; without a stride one window follows the other. Of the frames that
     begin in a window, those at `indices` are taken and centre-cropped; a window in which none
     begins is left out. The video is decoded once, in order. At most 1024 small frames of a window
-    are in memory: when there are more, every second is dropped. threads: the decoder's, which
+    are in memory: when there are more, every second is dropped. The first window that reaches the
+    end is the last one. threads: the decoder's, which
     change no frame. damage: a Damage, which counts what is met. Raises VideoError.
     """
     stride = stride or seconds
@@ -812,6 +813,8 @@ def read_windows(path, seconds, frames, size, short_side, indices=frame_indices,
             for number in sorted(set(windows) - set(now)):
                 kept = windows.pop(number).items
                 start = number * stride
+                if frame is None and number and start - stride + seconds >= time:
+                    continue  # the window before it reached the end
                 clip = np.stack([kept[i] for i in indices(len(kept), frames)])  # (T,3,R,R)
                 yield round(start, 6), round(min(start + seconds, time), 6), torch.from_numpy(clip)
             image = None
@@ -1000,6 +1003,11 @@ def some(names, most=3):
     return ", ".join(shown)
 
 
+def counted(count, one, many):
+    """A count with its noun: 1 video, 2 videos."""
+    return f"{count} {one if count == 1 else many}"
+
+
 def composed(name):
     """A name in Unicode's composed form (NFC): for "ü", a Mac's disk has "u" and dots apart."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
@@ -1012,8 +1020,9 @@ def expecting(path, what):
         yield
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError,
             csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{quoted(path)}: expected {what} ({quoted(reason, 120)})") from error
+        if isinstance(error, OSError):
+            raise ValueError(f"{quoted(path)}: {error.strerror}; expected {what}") from error
+        raise ValueError(f"{quoted(path)}: expected {what} ({quoted(error, 120)})") from error
 
 
 def files_below(folder):
@@ -1067,7 +1076,8 @@ def passed_over(folder):
     if not others:
         return ""
     names = some([os.path.relpath(path, folder) for path in others])
-    return f"{quoted(folder)}: {len(others)} files are no known videos and are passed over: {names}"
+    what = counted(len(others), "file is no known video", "files are no known videos")
+    return f"{quoted(folder)}: {what}: {names}"
 
 
 def class_folders(folder):
@@ -1078,6 +1088,7 @@ def class_folders(folder):
     """
     start = len(os.path.join(folder, ""))
     videos, loose, others = {}, [], []  # videos: {real path: (path, class)}
+    direct = set()  # the classes that hold videos themselves, not only in folders
     for top, files, same in files_below(folder):
         name = top[start:].partition(os.sep)[0]  # the class; "" in the folder itself
         if same[start:].partition(os.sep)[0] not in ("", name):
@@ -1091,14 +1102,17 @@ def class_folders(folder):
             elif not name:
                 loose.append(file)
             else:
+                if top[start:] == name:
+                    direct.add(name)
                 real = os.path.realpath(path) if os.path.islink(path) else real
                 first, owner = videos.setdefault(real, (path, name))
                 if owner != name:
                     raise ValueError(f"{quoted(path)} and {quoted(first)} are one video, which "
                                      "cannot have two classes")
     if not videos:
-        raise ValueError(f"{quoted(folder)}: no videos; expected one folder per class with videos "
-                         "inside, <class>/<video>.mp4")
+        found = counted(len(loose), "video, in no class folder", "videos, in no class folders")
+        raise ValueError(f"{quoted(folder)}: {found if loose else 'no videos'}; expected one "
+                         "folder per class with videos inside, <class>/<video>.mp4")
     paths, names = zip(*videos.values())
     label = {name: i for i, name in enumerate(sorted({*names}))}
     for name in label:
@@ -1107,20 +1121,26 @@ def class_folders(folder):
                              "UTF-8: rename it")
     return VideoList(tuple(map(composed, label)), paths, tuple(label[name] for name in names),
                      source=f"{quoted(os.path.basename(os.path.normpath(folder)))}/",
-                     notes=folder_notes(folder, label, loose, others), by_folder=True)
+                     notes=folder_notes(folder, label, direct, loose, others), by_folder=True)
 
 
-def folder_notes(folder, classes, loose, others):
-    """Lines about what in a folder of class folders is no class, in no class or no video."""
+def folder_notes(folder, classes, direct, loose, others):
+    """Lines about what in a folder of class folders is no class, in no class or no video; and of
+    classes that are not `direct`, whose videos all lie in folders of their own."""
     folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     empty = [name for name in folders if name not in classes and not name.startswith(".")]
     others = [name for name in others if not name.endswith(TEXT_SUFFIXES)]
+    deep = [name for name in classes if name not in direct]
     notes = []
-    for names, kind in ((empty, "folders without videos are no classes"),
-                        (loose, "videos lie in no class folder"),
-                        (others, "files are no known videos")):
+    for names, one, many in (
+            (empty, "folder without videos is no class", "folders without videos are no classes"),
+            (loose, "video lies in no class folder", "videos lie in no class folder"),
+            (others, "file is no known video", "files are no known videos"),
+            (deep, "class holds only folders; if those are the classes, name it with --data",
+             "classes hold only folders; if those are the classes, name one with --data")):
         if names:
-            notes.append(f"{quoted(folder)}: {len(names)} {kind} ({some(sorted(names))})")
+            notes.append(f"{quoted(folder)}: {counted(len(names), one, many)} "
+                         f"({some(sorted(names))})")
     return tuple(notes)
 
 
@@ -1347,6 +1367,8 @@ def read_labels(path):
 def labels_rows(lines):
     """[(id, name)] of the lines of a CSV file."""
     header = next(lines, [])
+    if not {"id", "name"} <= {*header}:
+        raise ValueError(f"its first line is {','.join(header)}")
     key, name = header.index("id"), header.index("name")
     rows = []
     for line in lines:
@@ -1357,6 +1379,9 @@ def labels_rows(lines):
             line += [""] * len(header)  # a missing cell is empty
             rows.append((line[key], line[name]))
     return rows
+
+
+HEADERS = ("class", "classes", "class name", "name", "names", "label", "labels")
 
 
 def read_class_names(path):
@@ -1372,6 +1397,8 @@ def read_class_names(path):
         names = [line.strip() for line in lines if line.strip()]
         if not names:
             raise ValueError("it is empty")
+        if names[0].lower() in HEADERS:
+            raise ValueError(f"its first line, {names[0]}, looks like a header: leave it out")
     pairs = [name.split(maxsplit=1) for name in names]
     if all(len(pair) == 2 for pair in pairs):
         numbers = [number for number, _ in pairs]
@@ -1815,7 +1842,8 @@ def draw_shots(videos, shots, seed):
         members = np.flatnonzero(labels == label)
         if len(members) < shots:
             raise ValueError(f"class {quoted(name, 40)!r} has {len(members)} training videos, "
-                             f"fewer than shots={shots}")
+                             f"fewer than shots={shots}: choose fewer, such as --set shots="
+                             f"{max(1, np.bincount(labels).min() - 1)}, or give more videos")
         drawn += sorted(rng.permutation(members)[:shots])
     if len(drawn) < len(labels):
         videos = replace(videos, source=f"drawn with seed {seed} from {videos.source}")
@@ -2023,14 +2051,15 @@ def load_tests(dataset, root, test_list="", labels="", upstream_labels=False, ha
 
 
 def also_trained_on(train, test):
-    """The test videos, with a note if some of them are training videos as well."""
+    """The test videos, with a note if some of them, or copies, are training videos as well."""
     def real_paths(videos):
         folders = {*map(os.path.dirname, videos.paths)}
         real = {folder: os.path.realpath(folder) for folder in folders}
         return [os.path.join(real[os.path.dirname(path)], os.path.basename(path))
                 for path in videos.paths]
-    trained = {*real_paths(train)}
-    count = sum(path in trained for path in real_paths(test))
+    paths, keys = {*real_paths(train)}, {*keys_of(train)}
+    count = sum(path in paths or key in keys
+                for path, key in zip(real_paths(test), keys_of(test)))
     if count:
         return test.note(f"{test.source}: {count} of {len(test.paths)} test videos are training "
                          "videos as well")

@@ -18,6 +18,7 @@ R side in pixels; n test videos.
 import argparse
 import contextlib
 import csv
+import difflib
 import errno
 import hashlib
 import inspect
@@ -26,6 +27,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -758,6 +760,8 @@ def context_columns(block, summary, clip, shown, side):
     group = summary.group.reshape(T, S).cpu().numpy()
     colours = context_colours(k)
     title = f"TC-CLIP, block {block + 1}: {T} frames x {S} seeds, merged to {k} context tokens"
+    if k == T * S:
+        title = f"TC-CLIP, block {block + 1}: {T} frames x {S} seeds, all of them context tokens"
     rows = ("frame", "attention of\nthe class token", f"the {S} seeds",
             "context tokens\n(one colour each)")
     return Columns(title, rows, [
@@ -843,17 +847,33 @@ def draw_clip(model, clip, path, classes, probabilities, pixels="imagenet", name
 # ---- classes over time -----------------------------------------------------------------------
 
 def frames_over_time(frames, count, last):
-    """Of frames [(seconds, (3,R,R))] those nearest to the middle of `count` equal parts of time."""
+    """Of frames [(seconds, (3,R,R))] those nearest to the middle of `count` equal parts of time,
+    each once."""
     if len(frames) == count:
         return frames
-    middles = [(i + 0.5) / count * last for i in range(count)]
-    return [min(frames, key=lambda frame: abs(frame[0] - middle)) for middle in middles]
+    nearest = []
+    for i in range(count):
+        middle = (i + 0.5) / count * last
+        number = min(range(len(frames)), key=lambda n: abs(frames[n][0] - middle))
+        if number not in nearest:
+            nearest.append(number)
+    return [frames[number] for number in nearest]
 
 
 STRIP_LEFT, STRIP_WIDTH = 330, 1190  # pixels: where time begins, and how long all of it is
 BAND = 64  # pixels: the height of a class's band
-STRIP_LEGEND = ("The six classes that reach highest, in the order of their peaks; the colours only "
-                "tell neighbours apart. A full band is 1, of a single class its maximum.")
+SHOWN = 0.05  # a class that never reaches this is not drawn, unless it is the highest
+
+
+def bar_spans(windows):
+    """Where each window's bar lies, (start, end) in seconds: windows that overlap meet half-way
+    between their middles."""
+    spans = [[start, end] for start, end, _ in windows]
+    middles = [(start + end) / 2 for start, end in spans]
+    for i in range(len(spans) - 1):
+        if spans[i][1] > windows[i + 1][0]:
+            spans[i][1] = spans[i + 1][0] = (middles[i] + middles[i + 1]) / 2
+    return spans
 
 
 def draw_band(draw, base, name, windows, values, high, colour):
@@ -862,9 +882,7 @@ def draw_band(draw, base, name, windows, values, high, colour):
     right = STRIP_LEFT + STRIP_WIDTH
     middle = STRIP_LEFT - 14, base - BAND / 2 + 6
     draw_text(draw, middle, name, 20, "rm", width=STRIP_LEFT - 34)
-    for i, ((start, end, _), value) in enumerate(zip(windows, values)):
-        if i + 1 < len(windows):
-            end = min(end, windows[i + 1][0])  # windows may overlap
+    for (start, end), value in zip(bar_spans(windows), values):
         x = STRIP_LEFT + STRIP_WIDTH * start / last
         end_x = STRIP_LEFT + STRIP_WIDTH * end / last - 1
         top = base - (BAND - 14) * value / high
@@ -877,30 +895,40 @@ def draw_strip(path, title, windows, classes, frames):
     """What happens when: eight frames in time order and a band for each of six classes, as a PNG.
 
     windows: [(start, end, values (C,))]. frames: [(seconds, (3,R,R) uint8)]. The classes are those
-    that reach highest; a band is 1 high, or for a single class as high as its highest value.
+    that reach highest; a band is 1 high, or for a single class as high as its highest value. Each
+    frame stands as near to its time as there is room, with a line to it.
     """
     last = max(windows[-1][1], 1e-3)
     values = np.stack([value for _, _, value in windows]).clip(0)  # (windows, C)
-    highest = np.argsort(-values.max(axis=0))[:6]
+    order = np.argsort(-values.max(axis=0), kind="stable")
+    highest = [c for c in order[:6] if c == order[0] or values[:, c].max() >= SHOWN]
     chosen = sorted(highest, key=lambda c: values[:, c].argmax())  # in the order of their peaks
     high = 1 if len(classes) > 1 else values.max() + 1e-9
-    count = min(8, len(frames))
+    shown = frames_over_time(frames, min(8, len(frames)), last)
+    count = len(shown)
     side = min(STRIP_WIDTH // count - 6, 240)
-    top = 110 + side
+    top = 130 + side
     bottom = top + BAND * len(chosen)
     picture, draw = blank_picture(1600, bottom + 80, title)
-    draw_text(draw, (STRIP_LEFT, bottom + 44), STRIP_LEGEND, 16)
-    for i, (seconds, frame) in enumerate(frames_over_time(frames, count, last)):
+    legend = "Cosine similarity; a full band is the maximum."
+    if len(classes) > 1:
+        legend = (f"Probabilities, a full band is 1. Of {len(classes)} classes the {len(chosen)} "
+                  "that reach highest, in the order of their peaks; colours only tell neighbours "
+                  "apart.")
+    draw_text(draw, (STRIP_LEFT, bottom + 44), legend, 16)
+    for i, (seconds, frame) in enumerate(shown):
         x = STRIP_LEFT + STRIP_WIDTH * (i + 0.5) / count
         picture.paste(frame_image(frame, side), (int(x - side / 2), 70))
         draw_text(draw, (x, 76 + side), clock(seconds), 18, "ma")
+        time_x = STRIP_LEFT + STRIP_WIDTH * seconds / last
+        draw.line([(x, 98 + side), (time_x, 110 + side), (time_x, 116 + side)], fill=INK)
     for place, c in enumerate(chosen):
         base = top + BAND * (place + 1)
         draw_band(draw, base, classes[c], windows, values[:, c], high, COLOURS[place % 2])
     for share in QUARTERS:
         x = STRIP_LEFT + STRIP_WIDTH * share
         draw.line([x, base, x, base + 6], fill=INK)
-        draw_text(draw, (x, base + 10), clock(round(last * share, 1)), 16, "ma")
+        draw_text(draw, (x, base + 10), clock(round(last * share, 1 if last > 10 else 2)), 16, "ma")
     write_picture(picture, path)
 
 
@@ -938,18 +966,20 @@ def draw_curve(draw, left, title, points, x_axis, y_axis, colour, ends):
 def draw_curves(history, path):
     """Training loss and validation accuracy over the epochs: a PNG of 1000 x 400 pixels.
 
-    history: dicts with the keys epoch, loss and, where there was a validation, top1.
+    history: dicts with the keys epoch, loss and, where there was a validation, top1 from 0 to 1.
     """
     picture, draw = blank_picture(1000, 400, "")
     losses = [(line["epoch"], line["loss"]) for line in history]
-    scores = [(line["epoch"], line["top1"]) for line in history if "top1" in line]
+    scores = [(line["epoch"], 100 * line["top1"]) for line in history if "top1" in line]
     if losses:
         last = max(2, losses[-1][0])
         epochs, ends = (1, last), ("epoch 1", f"epoch {last}")
         limit = axis_limit(max(loss for _, loss in losses))
         draw_curve(draw, 70, "training loss", losses, epochs, (0, limit), COLOURS[0], ends)
     if scores:
-        draw_curve(draw, 570, "validation top-1", scores, epochs, (0, 1), COLOURS[1], ends)
+        best, score = max(scores, key=lambda point: point[1])  # of several the first is kept
+        title = f"validation top-1 in %, best {score:.1f} in epoch {best}"
+        draw_curve(draw, 570, title, scores, epochs, (0, 100), COLOURS[1], ends)
     write_picture(picture, path)
 
 
@@ -1102,6 +1132,11 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(arguments)
 
     def error(self, message):
+        word = message.removeprefix("unrecognized arguments: ").split()[:1]
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        near = difflib.get_close_matches(word[0], flags, 1) if word != message.split()[:1] else []
+        if near:
+            message += f"; did you mean {near[0]}?"
         raise ValueError(f"{message} ({self.prog} --help lists all flags)")
 
 
@@ -1276,8 +1311,11 @@ def ensembled(args, chosen):
     model, recipe = chosen.model, chosen.recipe
 
     def load_base():
-        clip = load_clip(args.clip or recipe["clip"], args.merges, **args.set)
-        return build_model(recipe, clip).state_dict()
+        name = args.clip or recipe["clip"]
+        if not os.path.exists(name) and name not in OPENAI_MODELS:
+            raise ValueError(f"the model was tuned from the CLIP {name}, which is not here: give "
+                             "its --clip")
+        return build_model(recipe, load_clip(name, args.merges, **args.set)).state_dict()
     base = data.node_leader_first(load_base)
     tuned = {key: value.clone() for key, value in model.state_dict().items()}
     for weight in args.ensemble:
@@ -1497,6 +1535,15 @@ def print_notes(tests, known):
             print(f"{name}: {note}", file=sys.stderr)
 
 
+def note_other_classes(videos, trained):
+    """The VideoList, with a note if some of its classes were trained and others were not."""
+    others = [name for name in videos.classes if name not in trained]
+    if not others or len(others) == len(videos.classes):
+        return videos
+    return videos.note(f"the model was not trained on the {data.some(others)}; it was trained on "
+                       f"{data.some(name for name in trained if name not in videos.classes)}")
+
+
 def run_test(args):
     """--test: accuracy on every test set of a data set; over splits mean and deviation."""
     data.start_processes(args.device)
@@ -1514,7 +1561,10 @@ def run_test(args):
         raise ValueError(f"{base}: no such file; it holds the base classes of this checkpoint")
     if chosen.recipe.get("trained_on") or base:
         tests = load_test_sets(args, chosen.recipe.get("trained_on", ()), base or "")
-    known = known_tests(chosen.recipe, chosen.recipe.get("classes", ()), tests)
+    classes = chosen.recipe.get("classes", ())
+    known = known_tests(chosen.recipe, classes, tests)
+    if args.test == "folder":
+        known = {name: note_other_classes(videos, classes) for name, videos in known.items()}
     if first:
         print(describe_chosen(chosen), file=sys.stderr)
         print_notes(tests, known)
@@ -1816,9 +1866,10 @@ def picture_paths(args, paths):
 def run_video(args):
     """--video: the classes of each video or of its windows. Status 1 if one of several fails.
 
-    JSON: [{"video", "measure", "damaged", "windows": [{"start", "end", "classes": {name: value}}]}],
-    values from high to low, times in seconds, end null for a whole video; "damaged" counts frames
-    that are so among those decoded; "error" says why a video cannot be read.
+    JSON: [{"video", "measure", "damaged",
+    "windows": [{"start", "end", "classes": {name: value}}]}], values from high to low, times in
+    seconds, end null for a whole video; "damaged" counts frames that are so among those decoded;
+    "error" says why a video cannot be read.
     """
     if args.classes:
         named_classes(args.classes)  # what is wrong with them is told before the model is loaded
@@ -2073,8 +2124,8 @@ def add_model_flags(flag):
     flag("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     flag("--json", metavar="FILE",
          help='also write the results, - to standard output; of --video [{"video", "measure", '
-         '"damaged", "windows": [{"start", "end", "classes": {name: value}}]}], in seconds, end null for a '
-         "whole video; default: no file")
+         '"damaged", "windows": [{"start", "end", "classes": {name: value}}]}], in seconds, end '
+         "null for a whole video; default: no file")
     flag("--picture", metavar="PNG",
          help="draw what the model made of the video, of several into a folder; with --every what "
          "happens when; with --test which classes are taken for which, with predictions.csv "
@@ -2093,8 +2144,11 @@ def parse_args(arguments=None):
          help="loader processes; default %(default)s")
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and os.path.exists(arguments[0]):
-        parser.error(f"{arguments[0]}: write --video {arguments[0]}, --check {arguments[0]} or "
-                     "--test DATASET")
+        path = shlex.quote(arguments[0])
+        tasks = f"--video {path}"
+        if os.path.isdir(arguments[0]):
+            tasks += f", --check {path} or --test folder --data {path}"
+        parser.error(f"{path}: write {tasks}")
     return check_task(parser, check_flags(parser, parser.parse_args(arguments)))
 
 

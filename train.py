@@ -448,8 +448,13 @@ def refuse_other_files(folder):
 def differences(old, new):
     """The settings in which two recipes (dicts) differ, in words, if they can change a result."""
     free = ("workers", "save_every", "compile", "checkpointing")
-    return [f"{name} is {old.get(name)!r} there, {value!r} now"
-            for name, value in new.items() if name not in free and old.get(name) != value]
+    words = []
+    for name, value in new.items():
+        if name == "data" and old.get(name) != value:
+            words.append(f"its videos or classes are others: {old.get(name)} there, {value} now")
+        elif name not in free and old.get(name) != value:
+            words.append(f"{name} is {old.get(name)!r} there, {value!r} now")
+    return words
 
 
 def check_same_run(folder, recipe):
@@ -468,7 +473,8 @@ def check_same_run(folder, recipe):
     if differ:
         advice = "choose another --out, or delete it"
         if len(differ) == 1 and differ[0].startswith("epochs "):
-            advice += f"; to train on from its weights, add --checkpoint {folder / 'best.pt'}"
+            advice = (f"choose another --out; to begin with its weights there (epochs count anew), "
+                      f"add --checkpoint {folder / 'best.pt'}")
         raise ValueError(f"{folder} holds another run ({'; '.join(differ)}): {advice}")
 
 
@@ -504,12 +510,19 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: dict  # all of the run's state that is neither weights nor optimiser
-    trained_on: tuple = ()  # data.keys_of the training videos: tests leave them out
+    # data.keys_of the videos that the weights have seen: tests leave them out
+    trained_on: list = dataclasses.field(default_factory=list)
 
     @property
     def per_epoch(self):
         """Optimiser steps in an epoch."""
         return steps_per_epoch(self.recipe, len(self.training))
+
+
+def trained_before(recipe):
+    """data.keys_of the videos that the checkpoint from which training starts was trained on."""
+    content = open_weights(recipe.checkpoint).content if recipe.checkpoint else None
+    return [str(key) for key in content.get("trained_on", ())] if isinstance(content, dict) else []
 
 
 def build_start(recipe, classes, device):
@@ -939,6 +952,10 @@ def announce(recipe, folder, train_videos, tests, device):
     lines = [text, lines_of(words)]
     if train_videos.source:
         lines.append(f"  training list: {data.quoted(train_videos.source)}")
+    if recipe.dataset == "folder" and recipe.protocol != "base2novel":
+        lines.append(f"  classes: {data.some(train_videos.classes, 8)}")
+    if recipe.dataset not in data.KNOWN and recipe.protocol == "zeroshot":
+        lines.append("  the tests below are on classes of the training: no zero-shot numbers")
     if recipe.protocol == "base2novel":
         for half in ("base", "novel"):
             lines.append(lines_of([f"{half} classes:", ", ".join(tests[half].classes)]))
@@ -1019,6 +1036,11 @@ def run_recipe(recipe, root, folder, device):
     train_videos, tests = data.load_protocol(
         recipe.protocol, recipe.dataset, root, recipe.shots, recipe.seed, recipe.train_list,
         recipe.test_list, recipe.labels, recipe.upstream_labels, recipe.base)
+    trained = trained_before(recipe)
+    tests = data.without_trained(tests, trained)
+    if len(train_videos.classes) < 2 and recipe.protocol != "base2novel":
+        raise ValueError(f"{root}: a single class, {data.some(train_videos.classes)}: there is "
+                         "nothing to tell apart; expected <class>/<video> folders")
     described = evaluation.describe_data([train_videos, *tests.values()])
     data.check_same_data(described)  # before anything else: else processes wait for one another
     all_tests = tests
@@ -1035,15 +1057,13 @@ def run_recipe(recipe, root, folder, device):
         run = start(recipe, folder, train_videos, tests[validation], device)
         for videos in (*tests.values(), train_videos):  # refuse names now, not after the training
             run.model.set_classes(videos.classes)
-        if recipe.protocol in data.FEW_SHOT:
-            run.trained_on = data.keys_of(train_videos)
+        if recipe.protocol in data.FEW_SHOT or recipe.dataset == "folder":
+            run.trained_on = trained + data.keys_of(train_videos)
         rank, _ = data.rank_and_world()
         if rank == 0:  # only now: a start that fails leaves no trace
             evaluation.write_json(folder / "recipe.json", described)
             print(announce(recipe, folder, train_videos, tests, device), file=sys.stderr)
-            for name in all_tests.keys() - tests.keys():
-                print(f"  not tested: {name}, whose classes the linear head does not know",
-                      file=sys.stderr)
+            evaluation.print_notes(all_tests, {"training": train_videos} | tests)
             if run.progress["step"]:
                 print(f"  resumed at step {run.progress['step']}", file=sys.stderr)
         train_epochs(run)
@@ -1539,8 +1559,8 @@ def notes_of(name, result):
         chosen = result["validation"]
         note = f"{name}: epoch {result['epoch']}, the best on one view of {chosen}, was tested"
         if recipe["dataset"] == "folder" and chosen != "val":
-            note += ("; it was chosen on the test videos, so the numbers flatter it: put videos "
-                     "to choose on into val/<class>")
+            note += ("; it was chosen on the test videos, so the numbers flatter it: sort them "
+                     "into train/, val/ and test/<class>, and val/ chooses")
         notes.append(note)
     return notes
 
@@ -1556,7 +1576,8 @@ def print_results(results, out):
     if len(results) > 1:
         content = {str(folder.relative_to(out)): result for folder, result in results.items()}
         evaluation.write_json(out / "results.json", content)
-    print(f"models, curves and results.json are in {out}", file=sys.stderr)
+    folders = data.some(results, 4)
+    print(f"best.pt, curves and results.json are in {folders}", file=sys.stderr)
 
 
 def main(args):

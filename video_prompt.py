@@ -201,7 +201,13 @@ class TCCLIP(nn.Module):
         """
         names = [split_capitals(name).replace("_", " ") for name in no_string(names)]
         length = min(self.config.text_length, len(self.clip.positional_embedding))
-        tokens = self.clip.tokenize([f"{self.config.prompt} {name}." for name in names], length)
+        try:
+            tokens = self.clip.tokenize([f"{self.config.prompt} {name}." for name in names], length)
+        except ValueError as error:
+            most = len(self.clip.positional_embedding)
+            if length == most:
+                raise
+            raise ValueError(f"{error}, or train with text_length up to {most}") from error
         longest = int(tokens.argmax(dim=-1).max()) + 1
         return tokens[:, :longest]
 

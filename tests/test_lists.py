@@ -539,7 +539,7 @@ def test_class_names_a_line_each(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="classInd.txt: expected text"):
             data.read_class_names(path)
-    with pytest.raises(ValueError, match="absent.txt: expected"):
+    with pytest.raises(ValueError, match="absent.txt: No such file"):
         data.read_class_names(tmp_path / "absent.txt")
     if LISTS.is_dir():
         names = data.read_class_names(LISTS / "owners" / "ucf101" / "ucfTrainTestlist" / "classInd.txt")
@@ -679,9 +679,9 @@ def test_suffixes_of_cameras(tmp_path, suffix):
     videos = data.class_folders(tmp_path)
     assert [Path(path).name for path in videos.paths] == [f"b.{suffix}"]
     assert [note.partition(": ")[2] for note in videos.notes] == [
-        "1 videos lie in no class folder (loose.mp4)", "1 files are no known videos (a/c.xyz)"]
+        "1 video lies in no class folder (loose.mp4)", "1 file is no known video (a/c.xyz)"]
     assert len(data.videos_below(tmp_path)) == 2
-    assert data.passed_over(tmp_path) == f"{tmp_path}: 1 files are no known videos and are passed over: a/c.xyz"
+    assert data.passed_over(tmp_path) == f"{tmp_path}: 1 file is no known video: a/c.xyz"
 
 
 def test_unicode_forms(tmp_path):

@@ -346,10 +346,10 @@ def test_windows_that_overlap(world, long, tmp_path, capsys):
     words = "--video", long, "--classes", NAMES, "--clip", world / "clip.pt", "--every", "1s"
     assert evaluate(*words, "--stride", "500ms", "--json", tmp_path / "a.json", "--picture", tmp_path / "a.png") == 0
     windows = json.loads((tmp_path / "a.json").read_text())[0]["windows"]
-    assert [(w["start"], w["end"]) for w in windows] == [(0, 1), (0.5, 1.5), (1, 2), (1.5, 2.5), (2, 2.5)]
+    assert [(w["start"], w["end"]) for w in windows] == [(0, 1), (0.5, 1.5), (1, 2), (1.5, 2.5)]  # the last one reaches the end
     assert evaluate(*words, "--json", tmp_path / "b.json") == 0
     alone = json.loads((tmp_path / "b.json").read_text())[0]["windows"]
-    for one, other in zip(windows[::2], alone):
+    for one, other in zip(windows[::2], alone[:2], strict=True):
         assert one["classes"] == pytest.approx(other["classes"], abs=2e-6)
 
 

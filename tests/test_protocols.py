@@ -123,7 +123,7 @@ def test_a_run_of_other_videos_is_another_run(root, tmp_path, capsys):
              tmp_path / "run", "--set", *TOY, "--data"]
     status = [evaluation.run_command(train.main, lambda: train.parse_args([*map(str, words), str(tmp_path / name)]))
               for name in ("one", "two")]
-    assert status == [0, 2] and "holds another run (data is '4 videos of 2 classes" in capsys.readouterr().err
+    assert status == [0, 2] and "holds another run (its videos or classes are others: 4 videos of 2 classes" in capsys.readouterr().err
 
 
 def test_from_a_kinetics_checkpoint(root, kinetics, tmp_path, capsys):
