@@ -85,7 +85,7 @@ def cached(url, sha256, folder=None):
     """
     folder = Path(folder or cache_folder())
     target = folder / url.rsplit("/", 1)[-1]
-    if target.is_file():
+    if os.path.isfile(target):  # False where it may not be looked at
         return target
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
@@ -1546,14 +1546,14 @@ def sizes_of(state):
         text_layers=layers, text_mlp_width=state[f"{prefix}0.mlp.c_fc.weight"].shape[0])
 
 
-def own_tensor(key, value, copy):
-    """A contiguous tensor for the model, float32 if it was float16 or bfloat16."""
+def own_tensor(key, value, dtype, copy):
+    """A contiguous tensor for the model, of the kind `dtype`."""
     tensor = value.detach()
     if tensor.numel() == 0:
         raise ValueError(f"{key:.60} is empty")
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        return tensor.float()
-    return tensor.clone() if copy else tensor.contiguous()
+    if not tensor.is_floating_point():
+        raise ValueError(f"{key:.60} holds {tensor.dtype}, no weights")
+    return tensor.to(dtype, copy=copy).contiguous()
 
 
 def clip_facts(clip):
@@ -1570,9 +1570,10 @@ def load_clip(source, merges=None, activation=None, head_width=None):
     """CLIP, or an image tower without text, loaded strictly; in eval mode.
 
     `source` is an OpenAI name, a file, a folder (Hugging Face, open_clip, a run) or a state_dict of
-    tensors or arrays. float16 and bfloat16 become float32. `merges`: path of the BPE merges, if
-    not in the cache folder. `activation` (quick_gelu or gelu) and `head_width` are for files that
-    do not tell them; a dict is taken for QuickGELU. Raises ValueError that says what is wrong.
+    tensors or arrays. All become float32, or float64 if the patches' weights are. `merges`: path of
+    the BPE merges, if not in the cache folder. `activation` (quick_gelu or gelu) and `head_width`
+    are for files that do not tell them; a dict is taken for QuickGELU. Raises ValueError that says
+    what is wrong.
     """
     weights = open_weights(source)
     given = {"activation": activation, "head_width": head_width}
@@ -1585,7 +1586,10 @@ def load_clip(source, merges=None, activation=None, head_width=None):
             state = row.rename(weights.state)
         except KeyError as error:
             raise ValueError(f"not a {row.title}: no {error}") from error
-        state = {key: own_tensor(key, value, not weights.folder) for key, value in state.items()}
+        patches, copy = state.get("visual.conv1.weight"), not weights.folder
+        double = patches is not None and patches.dtype == torch.float64
+        dtype = torch.float64 if double else torch.float32
+        state = {key: own_tensor(key, value, dtype, copy) for key, value in state.items()}
         if has_no_text(state):
             facts = weights.facts | given
             clip = vision_only(state, facts.get("activation"), facts.get("head_width"))

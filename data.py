@@ -110,13 +110,12 @@ MAX_ASPECT = 32  # [ours] long side / short side; narrower frames grow too large
 MAX_BYTES = 2**28  # [ours] of the frames taken from one video
 HELD_BYTES = 2**25  # up to this size a file's packets stay in memory and are not read twice
 PAUSES = (0.1, 1.0, 3.0)  # seconds, before a file is tried again after the system has failed
-SYSTEM_ERRORS = {errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN,
-                 errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.ENOTCONN,
-                 errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.ECONNRESET}
+FILE_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EISDIR, errno.ENOTDIR,
+               errno.ENAMETOOLONG, errno.ELOOP}  # what is wrong with a file, not with the system
 # The formats that a file may have, whatever its suffix. Playlists (hls, dash, concat) are not among
 # them: they lead to other files.
 CONTAINERS = ("mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,mxf,rm,dv,nut,ivf,h264,hevc,"
-           "m4v,mjpeg,vc1,obu,dhav,wtv,yuv4mpegpipe")
+              "m4v,mjpeg,vc1,obu,dhav,wtv,yuv4mpegpipe")
 # Codecs whose decoders run on several threads and make the same frames; those of the others (HEVC,
 # VP8) hide damage, and fill it with what lies in memory.
 SIDE_BY_SIDE = ("h264", "mpeg4", "mpeg2video", "vp9", "av1")
@@ -191,7 +190,11 @@ def open_video(path, max_pixels=MAX_PIXELS, threads=1):
             reason = "no such file"
         elif number == errno.EINVAL:
             reason = "no video, or in a format that is not read"
-        kind = ReadError if number in SYSTEM_ERRORS else VideoError
+        if isinstance(cause, av.FFmpegError):
+            of_system = number in (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+        else:
+            of_system = isinstance(cause, OSError) and number not in FILE_ERRORS
+        kind = ReadError if of_system else VideoError
         raise kind(f"{path}: {reason}") from error
 
 
@@ -1115,13 +1118,18 @@ def class_folders(folder):
                          "folder per class with videos inside, <class>/<video>.mp4")
     paths, names = zip(*videos.values())
     label = {name: i for i, name in enumerate(sorted({*names}))}
-    for name in label:
-        if any("\ud800" <= character <= "\udfff" for character in name):
-            raise ValueError(f"{quoted(folder)}: the class folder {quoted(name)} is not named in "
-                             "UTF-8: rename it")
+    check_utf8(folder, label)
     return VideoList(tuple(map(composed, label)), paths, tuple(label[name] for name in names),
                      source=f"{quoted(os.path.basename(os.path.normpath(folder)))}/",
                      notes=folder_notes(folder, label, direct, loose, others), by_folder=True)
+
+
+def check_utf8(folder, names):
+    """Raises ValueError if the name of a class folder is not UTF-8."""
+    for name in names:
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise ValueError(f"{quoted(folder)}: the class folder {quoted(name)} is not named in "
+                             "UTF-8: rename it")
 
 
 def folder_notes(folder, classes, direct, loose, others):
@@ -2213,6 +2221,17 @@ def gather(items):
     lists = [None] * world
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
+
+
+def check_same(what, values, advice):
+    """Raises ValueError, on every process, if the `values` of one, {name: value}, are others."""
+    first, *others = gather([values])
+    for rank, other in enumerate(others, start=1):
+        differ = [f"{name} {other.get(name)}, not {value}" for name, value in first.items()
+                  if other.get(name) != value]
+        if differ:
+            raise ValueError(f"rank {rank} has other {what} than rank 0: {'; '.join(differ)}; "
+                             f"{advice}")
 
 
 def check_same_data(description):

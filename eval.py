@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shlex
 import sys
 import tempfile
@@ -143,8 +144,10 @@ def check_recipe(recipe):
         if recipe[name] not in known:
             raise ValueError(f"its {name} {recipe[name]!r:.40} is unknown")
     for name, most in LARGEST_IN_FILE.items():
-        if type(recipe[name]) is not int or not 0 <= recipe[name] <= most:
-            raise ValueError(f"its {name} is {recipe[name]!r:.40}; it must be at most {most}")
+        least = 0 if name == "short_side" else 1
+        if type(recipe[name]) is not int or not least <= recipe[name] <= most:
+            raise ValueError(f"its {name} is {recipe[name]!r:.40}; it must lie between {least} and "
+                             f"{most}")
     known = METHODS[recipe["method"]].config.__dataclass_fields__
     for name, value in recipe["model"].items():
         if name not in known:
@@ -470,8 +473,9 @@ def view_logits(model, views, pixels, precision):
     with autocast(device, precision):
         logits, _ = model(video)  # (b*V,C)
     if not logits.isfinite().all():
+        advice = "" if precision == "fp32" else "; try --precision fp32"
         raise ValueError("the model gives logits that are not finite: its weights are damaged, or "
-                         f"too large for {precision}; try --precision fp32")
+                         f"too large for {precision}{advice}")
     return logits.float().unflatten(0, views.shape[:2])
 
 
@@ -590,7 +594,7 @@ def write_atomically(path, write):
     if path.exists() and not path.is_file():
         with open(path, "wb") as file:
             return write(file)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -1202,6 +1206,8 @@ def error_line(error):
     """What the user is told of an error, in one short line; None for what only a bug causes."""
     message = " ".join(str(error).split())
     message = data.quoted(message, 290 if is_refusal(error) else 220)
+    if getattr(error, "errno", 0) == errno.ENOSPC and not error.filename:  # loaders' semaphores
+        return "/dev/shm is full: docker run --shm-size=8g, or fewer workers"
     if re.search(TOO_MANY_FILES, message):
         return "too many open files: raise the limit, as with `ulimit -n 4096`, or lower workers"
     if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, message):
@@ -1329,18 +1335,35 @@ def text_output(args):
 
 
 def check_outputs(args, inputs):
-    """Raises ValueError if a file that will be written is one of those that are read."""
+    """Raises ValueError if a file that will be written is one of those that are read, or no result
+    of such a command: then it is somebody's data."""
     flags = ("checkpoint", "clip", "merges", "labels", "temporal", "static")
     inputs = [*inputs, *(args.classes or ()), *(getattr(args, name) for name in flags)]
     inputs = {os.path.realpath(path) for path in inputs if path}
+    root = args.test and os.path.realpath(args.data or f"data/{args.test}")
     for name in ("json", "picture", "features"):
         path = getattr(args, name)
         if not path or path == "-":
             continue
-        if os.path.realpath(path) in inputs:
+        real = os.path.realpath(path)
+        of_a_run = os.path.basename(real) in ("recipe.json", "results.json")
+        among_data = root and real.startswith(root + os.sep)
+        if real in inputs or os.path.isfile(real) and (of_a_run or among_data):
             raise ValueError(f"{flag_of(name)} {path}: this file is read, and would be replaced by "
                              "the results; name another")
-        inputs.add(os.path.realpath(path))
+        if os.path.isfile(real) and not begins_as(name, real):
+            raise ValueError(f"{flag_of(name)} {path}: this file is there and holds something "
+                             "else; name another")
+        inputs.add(real)
+
+
+def begins_as(name, path):
+    """Whether a file begins as what --json, --picture or --features writes, or is empty."""
+    with open(path, "rb") as file:
+        begin = file.read(4)
+    if name == "picture":
+        return not begin or os.path.splitext(path)[1].lower() in Image.registered_extensions()
+    return not begin or begin.startswith({"json": (b"{", b"["), "features": b"PK"}[name])
 
 
 # ---- test sets -------------------------------------------------------------------------------
@@ -1535,6 +1558,12 @@ def print_notes(tests, known):
             print(f"{name}: {note}", file=sys.stderr)
 
 
+def flags_of_all(args):
+    """The flags in which processes must agree: all but those that name files, or the machine."""
+    own = ("data", "checkpoint", "clip", "merges", "json", "picture", "workers", "device")
+    return {flag_of(name): str(value) for name, value in vars(args).items() if name not in own}
+
+
 def note_other_classes(videos, trained):
     """The VideoList, with a note if some of its classes were trained and others were not."""
     others = [name for name in videos.classes if name not in trained]
@@ -1551,6 +1580,7 @@ def run_test(args):
     tests = load_test_sets(args)
     check_outputs(args, [path for video_list in tests.values() for path in video_list.paths])
     data.check_same_data(describe_data(list(tests.values())))
+    data.check_same("flags", flags_of_all(args), "give every machine the same command")
     subsets = read_subsets(args, tests)
     default_clip = "ViT-B/16"
     if args.test == "shapes":
@@ -1589,9 +1619,9 @@ def run_test(args):
 def classes_of(text):
     """The class names of one value of --classes: those of a file, or text with commas between."""
     is_path = os.sep in text and os.path.isdir(os.path.dirname(text))
-    if os.path.isfile(text) or text.endswith((".txt", ".csv", ".json")):
+    if os.path.isfile(text) or text.lower().endswith((".txt", ".csv", ".json")):
         return list(data.read_class_names(text))
-    if is_path or os.path.exists(text) or re.fullmatch(r"\S+\.[a-z]{2,4}", text):
+    if is_path or text == "-" or os.path.exists(text) or re.fullmatch(r"\S+\.\w{2,5}", text):
         raise ValueError(f"--classes {text}: no such file; for a class of this name write "
                          f"'{text},'")
     return text.split(",")
@@ -1892,7 +1922,7 @@ def run_video(args):
             if len(paths) == 1:
                 raise
             error, failed = caught, 1
-            tqdm.write(f"unreadable: {error}", file=sys.stderr)
+            tqdm.write(f"unreadable: {data.quoted(error, 300)}", file=sys.stderr)
         if args.features:
             features += [(path, window._replace(clip=None)) for window in windows]
         if args.json:
@@ -1918,7 +1948,7 @@ def run_check(args):
     for found in data.progress_bar(loader, desc="reading", unit="video"):
         errors += filter(None, found)
     for error in errors:
-        print(error)
+        print(data.quoted(error, 300))
     print(f"{len(errors)} of {len(paths)} videos cannot be read, or are damaged")
     return 1 if errors else 0
 
@@ -2018,8 +2048,9 @@ def check_task(parser, args):
         if value != parser.get_default(name) and name not in HEEDED[task] | {task}:
             parser.error(f"{flag} means nothing to --{task}: leave it out")
         least = 0 if name == "workers" else 1
-        if type(value) is int and not least <= value <= 10**6:
-            parser.error(f"{flag} {value}: must lie between {least} and 1000000")
+        most = 1024 if name == "frames" else 10**6
+        if type(value) is int and not least <= value <= most:
+            parser.error(f"{flag} {value}: must lie between {least} and {most}")
     if args.ensemble and not args.checkpoint:
         parser.error("--ensemble is the weight of a --checkpoint: give one")
     for name in ("json", "picture", "features"):

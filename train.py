@@ -27,6 +27,7 @@ import signal
 import socket
 import sys
 import textwrap
+import threading
 import time
 import typing
 import warnings
@@ -376,12 +377,16 @@ def read_state(path, advice):
 
 
 def read_json(path, names, advice):
-    """The dict in a JSON file. Raises ValueError, with the advice, if it lacks one of `names`."""
+    """The dict in a JSON file. Raises ValueError, with the advice, if it lacks one of `names`
+    {name: its type}."""
     try:
         content = json.loads(path.read_text())
         missing = [name for name in names if name not in content]
         if missing or not isinstance(content, dict):
             raise ValueError(f"no {', '.join(missing)} in it")
+        for name, kind in names.items():
+            if not isinstance(content[name], kind):
+                raise ValueError(f"its {name} is {content[name]!r:.40}")
         return content
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!s:.100}): {advice}") from error
@@ -459,12 +464,11 @@ def differences(old, new):
 
 def check_same_run(folder, recipe):
     """Raises ValueError if the run folder holds a run of another recipe (a dict)."""
-    for pattern in (".*.pt.[0-9]*", ".*.json*.[0-9]*"):  # left by a write that was killed
-        for left in folder.glob(pattern):
-            left.unlink()
+    for left in folder.glob(".*.*.[0-9]*"):  # by a write that was killed
+        left.unlink()
     path = folder / "recipe.json"
     if path.exists():
-        old = read_json(path, ["protocol"], "delete it, and the same command writes it again")
+        old = read_json(path, {"protocol": str}, "delete it, and the same command writes it again")
     elif (folder / "last.pt").exists():
         old = read_state(folder / "last.pt", DAMAGED_LAST)["recipe"] | {"data": recipe["data"]}
     else:
@@ -554,7 +558,9 @@ def check_progress(progress, per_epoch):
     """Raises ValueError, TypeError or KeyError if a run's progress cannot be what it should be."""
     history, step = progress["history"], progress["step"]
     for number, line in enumerate(history, 1):
-        if line["epoch"] != number or not math.isfinite(line["loss"] + line["seconds"]):
+        numbers = line["loss"] + line["seconds"] + line.get("top1", 0.0)
+        names = all(isinstance(name, str) for name in line["bad"])
+        if line["epoch"] != number or not math.isfinite(numbers) or not names:
             raise ValueError(f"odd history: {line!s:.100}")
     begun = step - len(history) * per_epoch
     sums = math.fsum(progress["sums"])
@@ -650,20 +656,30 @@ def save_run(run):
 def sigterm_noted():
     """Within it, SIGTERM (a scheduler's warning) only adds its time to the list that it yields.
 
-    One that comes seconds after the first ends the process: somebody insists.
+    One that comes seconds after the first ends the process: somebody insists. A thread of its own
+    notes them, since Python runs no handler while the main thread waits for other processes.
     """
     times = []
+    inside, outside = socket.socketpair()
+    outside.setblocking(False)
 
-    def note(*_):
-        times.append(time.monotonic())
-        if times[-1] - times[0] > 3:  # sooner it is an echo: torchrun passes on its own
-            os._exit(143)
+    def watch():
+        while number := inside.recv(1):  # b"" when the other end is closed
+            if number[0] != signal.SIGTERM:
+                continue
+            times.append(time.monotonic())
+            if times[-1] - times[0] > 3:  # sooner it is an echo: torchrun passes on its own
+                os._exit(143)
 
-    before = signal.signal(signal.SIGTERM, note)
+    threading.Thread(target=watch, daemon=True).start()
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    waking = signal.set_wakeup_fd(outside.fileno(), warn_on_full_buffer=False)
     try:
         yield times
     finally:
+        signal.set_wakeup_fd(waking)
         signal.signal(signal.SIGTERM, before)
+        outside.close()
 
 
 def draw_mixing(recipe, micro_batch, size):
@@ -931,8 +947,17 @@ def lines_of(words):
                          break_on_hyphens=False, break_long_words=False)
 
 
-def announce(recipe, folder, train_videos, tests, device):
-    """What a run begins with, in lines of text: its folder, data and device, and its settings.
+def announce(run, train_videos, tests, all_tests):
+    """Prints what a run begins with. Of all_tests, `tests` are those that the model can do."""
+    device = run.model.clip.visual.class_embedding.device
+    print(header_of(run.recipe, run.folder, train_videos, tests, device), file=sys.stderr)
+    evaluation.print_notes(all_tests, {"training": train_videos} | tests)
+    if run.progress["step"]:
+        print(f"  resumed at step {run.progress['step']}", file=sys.stderr)
+
+
+def header_of(recipe, folder, train_videos, tests, device):
+    """The lines of text about a run's folder, data and device, and its settings.
 
     Settings that have their default values are left out.
     """
@@ -1009,7 +1034,8 @@ def test_best(run, tests, root):
     return results
 
 
-RESULTS = ("recipe", "tests", "transfer", "seconds")  # what results.json must hold
+# what results.json must hold
+RESULTS = {"recipe": dict, "tests": dict, "transfer": dict, "seconds": (int, float)}
 
 
 def fit_recipe(recipe, count, device):
@@ -1031,6 +1057,10 @@ def choose_validation(recipe, tests):
     return next(iter(tests))
 
 
+# settings in which processes may differ: machines may have their own copies of files
+OWN_PATHS = ("clip", "merges", "checkpoint", "train_list", "test_list", "labels", "base", "workers")
+
+
 def run_recipe(recipe, root, folder, device):
     """Trains by a recipe, tests on every test set, writes results.json and returns its content."""
     train_videos, tests = data.load_protocol(
@@ -1043,6 +1073,8 @@ def run_recipe(recipe, root, folder, device):
                          "nothing to tell apart; expected <class>/<video> folders")
     described = evaluation.describe_data([train_videos, *tests.values()])
     data.check_same_data(described)  # before anything else: else processes wait for one another
+    settings = {name: str(value) for name, value in vars(recipe).items() if name not in OWN_PATHS}
+    data.check_same("settings", settings, "give every machine the same command")
     all_tests = tests
     if recipe.protocol != "base2novel":  # which needs both halves
         tests = evaluation.known_tests(vars(recipe), train_videos.classes, tests)
@@ -1062,10 +1094,7 @@ def run_recipe(recipe, root, folder, device):
         rank, _ = data.rank_and_world()
         if rank == 0:  # only now: a start that fails leaves no trace
             evaluation.write_json(folder / "recipe.json", described)
-            print(announce(recipe, folder, train_videos, tests, device), file=sys.stderr)
-            evaluation.print_notes(all_tests, {"training": train_videos} | tests)
-            if run.progress["step"]:
-                print(f"  resumed at step {run.progress['step']}", file=sys.stderr)
+            announce(run, train_videos, tests, all_tests)
         train_epochs(run)
         results = test_best(run, tests, root) | {"validation": validation}
         if rank == 0:
@@ -1450,10 +1479,9 @@ def check_places(dataset, root, out, folders):
     if dataset == "folder" and root.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"--out {out} lies inside the videos' folder {root}, where folders are "
                          "classes: choose another")
-    for path in itertools.chain(out.glob("*"), out.glob("*/*")):
-        if path.suffix.lower() in data.VIDEO_SUFFIXES:
-            raise ValueError(f"--out {out} holds videos ({path.name}): choose another, or were "
-                             "--data and --out mixed up?")
+    for video in data.videos_below(out)[:1] if out.is_dir() else ():
+        raise ValueError(f"--out {out} holds videos ({os.path.basename(video)}): choose another, "
+                         "or were --data and --out mixed up?")
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -1576,7 +1604,7 @@ def print_results(results, out):
     if len(results) > 1:
         content = {str(folder.relative_to(out)): result for folder, result in results.items()}
         evaluation.write_json(out / "results.json", content)
-    folders = data.some(results, 4)
+    folders = ", ".join(map(str, [*results][:4])) + (", ..." if len(results) > 4 else "")
     print(f"best.pt, curves and results.json are in {folders}", file=sys.stderr)
 
 

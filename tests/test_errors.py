@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import os
 import pickle
 import re
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from figures import weights
-from helpers import MERGES, save_clip
+from helpers import MERGES, save_clip, tiny_clip
 
 import data
 import eval as evaluation
@@ -78,6 +79,8 @@ def things(world, tmp_path_factory):
         for name in names:
             (folder / root / name).mkdir(parents=True)
             shutil.copy(video, folder / root / name / "v.mp4")
+    (folder / "twice.csv.npz").write_text("id,name\n")
+    (folder / "headed.txt").write_text("class\na\nb\n")
     (folder / "unnamed.csv").write_text("id,name\n0,a\n1\n")
     (folder / "twice.csv").write_text("id,name\n0,a\n0,b\n")
     (folder / "number.json").write_text('{"0": "a", "1": 5}')
@@ -106,7 +109,7 @@ def told(script, words, capsys):
     assert status == 2, (status, lines)
     assert [i for i, line in enumerate(lines) if "error: " in line] == [len(lines) - 1], lines
     first = ("  ", "warning: ")
-    usual = (" training videos of ", " views of ", "are no known videos", "|")
+    usual = (" training videos of ", " views of ", " no known video", " lies in no class folder", "|")
     assert all(line.startswith(first) or any(word in line for word in usual) for line in lines[:-1]), lines
     assert len(lines[-1]) < 300, lines[-1]
     return lines[-1]
@@ -257,6 +260,14 @@ EVAL = [
     ("--video {v} --classes a --json p.png --picture p.png", "this file is read"),
     ("--video {v} --classes a --json /proc/none.json", "no file can be written there"),
     ("--video {v} --classes {t}/nowhere", "no such file; for a class of this name write"),
+    ("{z} --json {w}/clip.pt", "this file is read"),
+    ("{z} --json {t}/told/results.json", "this file is read"), ("{z} --json {t}/text", "holds something else"),
+    ("--video {v} --classes a --features {t}/twice.csv.npz", "holds something else"),
+    ("--video {v} --classes names.TXT", "No such file"), ("--video {v} --classes a.names", "no such file"),
+    ("--video {v} --classes -", "no such file"),
+    ("--video {v} --classes {t}/headed.txt", "looks like a header"), ("--video {v} --clases a", "did you mean --classes?"),
+    ("--video {v} --classes a --frames 100000", "must lie between 1 and 1024"),
+    ("--video {v} --classes a --checkpoint {t}/sweep", "a folder without best.pt"),
     ("--video {v} --classes names.tsv", "no such file"), ("--video {v} --classes /dev/fd/0", "no such file")]
 
 
@@ -275,6 +286,39 @@ def test_wrong_use_is_told_in_one_line(script, words, said, world, things, tmp_p
     before = snapshot(tmp_path, things, world)
     assert said in told(script, words, capsys)
     assert snapshot(tmp_path, things, world) == before and not (things / "was run").exists()
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool])
+def test_weights_that_are_no_numbers_with_a_point(kind, tmp_path):
+    state = tiny_clip().state_dict()
+    state["visual.proj"] = state["visual.proj"].to(kind)
+    with pytest.raises(ValueError, match="visual.proj holds torch.*, no weights"):
+        load_clip(state)
+
+
+def test_weights_of_two_kinds_of_floats(tmp_path):
+    state = tiny_clip().state_dict()
+    state["visual.proj"] = state["visual.proj"].double()
+    clip = load_clip(state)
+    assert {parameter.dtype for parameter in clip.parameters()} == {torch.float32}
+    assert clip.double() is clip  # all of one kind: it computes in float64
+    state = {key: value.double() for key, value in state.items()}
+    assert {parameter.dtype for parameter in load_clip(state).parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("number", ["EREMOTEIO", "ENOLINK", "EPROTO", "ENOBUFS", "ENETUNREACH", "EBADF", "EIO", "ENOMEM", "EMFILE"])
+def test_what_the_system_cannot_read_is_no_bad_video(number, world, monkeypatch):
+    monkeypatch.setattr(data, "sleep", lambda seconds: None)
+    video, tries = data.videos_below(world / "base")[0], []
+
+    def read(self, size=-1):
+        tries.append(1)
+        self.error = OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+        return b""
+    monkeypatch.setattr(data.WatchedFile, "read", read)
+    with pytest.raises(data.ReadError, match=os.strerror(getattr(errno, number))):
+        data.read_clip(video)
+    assert len(tries) >= 4
 
 
 @pytest.mark.parametrize("task", ["--check clips", "--video a.mp4 --classes a,b"])

@@ -925,6 +925,20 @@ def test_training_videos_are_left_out_of_a_test(tmp_path):
     assert len(whole.paths) == 10 and not whole.notes
 
 
+def test_copies_among_the_test_videos_and_folders_in_class_folders_are_told(tmp_path):
+    own_folders(tmp_path, sets=("train", "test"))
+    video = next((tmp_path / "train" / "run").iterdir())
+    video.write_bytes(b"a video")
+    shutil.copy(video, tmp_path / "test" / "run" / video.name)
+    _, tests = data.load_protocol("supervised", "folder", tmp_path, 1, 0)
+    assert any("1 of" in note and "training videos as well" in note for note in tests["test"].notes), tests["test"].notes
+    touch(tmp_path / "above", "one/a/1.mp4", "one/b/1.mp4", "two/a/1.mp4", "three/1.mp4")
+    (note,) = data.class_folders(tmp_path / "above").notes
+    assert "2 classes hold only folders" in note and "(one, two)" in note and "--data" in note
+    touch(tmp_path / "loose", "1.mp4", "2.mp4")
+    assert "2 videos, in no class folders; expected one folder per class" in refusal("folder", tmp_path / "loose")
+
+
 def test_sets_of_ones_own(tmp_path):
     own_folders(tmp_path, sets=("train", "val", "test"))
     _, tests = data.load_protocol("supervised", "folder", tmp_path, 1, 0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import save_clip
+from test_eval import evaluate
 
 import data
 import eval as evaluation
@@ -109,6 +110,63 @@ def test_supervised(root, tmp_path, capsys):
     assert capsys.readouterr().out.split()[:3] == ["method", "top-1", "top-5"]
     result = run(root, tmp_path / "ila", "supervised", "ssv2", "num_classes=4", method="ila")
     assert result["tests"]["val"]["classes"] == 4 and result["recipe"]["model"] == {"num_classes": 4}
+
+
+@pytest.fixture
+def mine(root, tmp_path):
+    """A folder of two classes with six videos each, and what is no class and no video."""
+    videos = iter(data.videos_below(root / "ucf101"))
+    for label in ("run", "walk"):
+        (tmp_path / "mine" / label).mkdir(parents=True)
+        for i in range(6):
+            shutil.copy(next(videos), tmp_path / "mine" / label / f"{i}.avi")
+    (tmp_path / "mine" / "annotations").mkdir()
+    (tmp_path / "mine" / "loose.avi").write_bytes(b"")
+    return tmp_path / "mine"
+
+
+def train_mine(root, mine, out, *settings, flags=(), protocol="fewshot"):
+    words = ["--protocol", protocol, "--dataset", "folder", "--data", mine, "--clip", root / "clip.pt", "--method", "vifi",
+             "--out", out, *flags, "--set", *TOY, *settings]
+    return evaluation.run_command(train.main, lambda: train.parse_args([*map(str, words)]))
+
+
+def test_what_is_odd_in_ones_own_folder_is_told_before_training(root, mine, tmp_path, capsys):
+    assert train_mine(root, mine, tmp_path / "run", "shots=2") == 0
+    err = capsys.readouterr().err
+    assert "1 folder without videos is no class (annotations)" in err and "1 video lies in no class folder (loose.avi)" in err
+    assert "classes: run, walk" in err and f"results.json are in {tmp_path / 'run'}" in err
+    assert train_mine(root, mine, tmp_path / "other", "shots=7") == 2
+    assert "such as --set shots=5" in capsys.readouterr().err
+    shutil.rmtree(mine / "walk")
+    assert train_mine(root, mine, tmp_path / "one", "shots=2") == 2 and "a single class, run" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_has_seen_is_left_out_after_further_training_too(root, mine, tmp_path, capsys):
+    assert train_mine(root, mine, tmp_path / "first", "shots=2", "seed=1") == 0
+    assert train_mine(root, mine, tmp_path / "second", "shots=2", "seed=2", flags=["--checkpoint", tmp_path / "first"]) == 0
+    seen = {run: {*read_checkpoint(tmp_path / run / "best.pt")["trained_on"]} for run in ("first", "second")}
+    assert len(seen["first"]) == 4 and seen["first"] <= seen["second"]
+    capsys.readouterr()
+    assert evaluate("--test", "folder", "--data", mine, "--checkpoint", tmp_path / "second") == 0
+    out, err = capsys.readouterr()
+    assert f"{len(seen['second'])} of 12 videos are left out" in err and f"{12 - len(seen['second'])} videos" in out
+
+
+def test_a_supervised_checkpoint_of_ones_own_folder_knows_its_videos(root, mine, tmp_path, capsys):
+    parts = tmp_path / "parts"
+    for label in ("run", "walk"):
+        for part, numbers in (("train", range(4)), ("test", range(4, 6))):
+            (parts / part / label).mkdir(parents=True)
+            for i in numbers:
+                shutil.copy(mine / label / f"{i}.avi", parts / part / label)
+    assert train_mine(root, parts, tmp_path / "run", protocol="supervised") == 0
+    capsys.readouterr()
+    assert evaluate("--test", "folder", "--data", mine, "--checkpoint", tmp_path / "run") == 0
+    assert "8 of 12 videos are left out" in capsys.readouterr().err
+    (parts / "test" / "walk").rename(parts / "test" / "walking")
+    assert evaluate("--test", "folder", "--data", parts / "test", "--checkpoint", tmp_path / "run") == 0
+    assert "was not trained on the walking; it was trained on walk" in capsys.readouterr().err
 
 
 def test_a_run_of_other_videos_is_another_run(root, tmp_path, capsys):

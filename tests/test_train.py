@@ -488,7 +488,7 @@ def test_a_run_says_what_it_begins_with():
         recipe = train.resolve_recipe(protocol, "tc", dataset, ["lr=0.25", "merge=kmeans"])
         recipe = train.fit_recipe(recipe, 3, torch.device("cpu"))
         tests = dict.fromkeys(("base", "novel"), videos)
-        return " ".join(train.announce(recipe, Path("runs/a"), videos, tests, torch.device("cpu")).split())
+        return " ".join(train.header_of(recipe, Path("runs/a"), videos, tests, torch.device("cpu")).split())
     assert first("folder").startswith("runs/a: tc on folder, 3 training videos of 3 classes; tests: base of 3, novel of 3; on the CPU")
     assert " lr=0.25 " in first("folder") and "merge=kmeans" in first("folder") and " batch=4 " in first("folder")
     assert "updates in all: 50" in first("folder") and "precision=fp32" in first("folder")
