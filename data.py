@@ -45,6 +45,7 @@ from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import VideoReformatter
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from tqdm import tqdm
 
 # ---- which frames --------------------------------------------------------------------------------
@@ -1293,10 +1294,10 @@ class Files:
     def note_missing(self, videos, missing, listed):
         """The VideoList with a note on its missing videos [(name, label)], if they matter."""
         total, name = len(listed.videos), quoted(missing[0][0])
+        hint = self.how_to_unpack()
+        if re.search(r"\s\d+$", missing[0][0]):
+            hint = "a line must be `path label`, without a number of frames"
         if len(missing) == total:
-            hint = self.how_to_unpack()
-            if re.search(r"\s\d+$", missing[0][0]):
-                hint = "a line must be `path label`, without a number of frames"
             raise ValueError(f"{videos.source}: none of its {total} videos is below "
                              f"{quoted(self.root)}, such as {name}: {hint}")
         there = Counter(label for _, label in listed.videos)
@@ -1305,7 +1306,7 @@ class Files:
         if empty:
             names = some(videos.classes[label] for label in empty)
             raise ValueError(f"{quoted(self.root)}: {len(empty)} of {len(there)} classes have no "
-                             f"videos ({names}), such as {name}: {self.how_to_unpack()}")
+                             f"videos ({names}), such as {name}: {hint}")
         share = f"{videos.source}: {len(missing)} of {total} videos are missing, such as {name}"
         if not self.leaves_out:
             return videos.note(f"{share}; they count as unreadable")
@@ -2315,11 +2316,25 @@ def end_worker(error, _):
     os._exit(1)
 
 
+class Loader(DataLoader):
+    """A DataLoader that says so if there is no shared memory even for its workers' locks."""
+
+    def __iter__(self):
+        try:
+            return super().__iter__()
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                _MultiProcessingDataLoaderIter._shutdown = True  # its destructor asks for it
+                raise ValueError("/dev/shm is full: docker run --shm-size=8g, or fewer "
+                                 "workers") from error
+            raise
+
+
 def load_batches(dataset, workers, **settings):
-    """The DataLoader behind both loaders below; `settings` are its arguments."""
-    return DataLoader(dataset, num_workers=min(workers, os.cpu_count()),
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=prepare_worker,
-                      collate_fn=dataset.collate, **settings)
+    """The loader behind all loaders below; `settings` are its arguments."""
+    return Loader(dataset, num_workers=min(workers, os.cpu_count()),
+                  pin_memory=torch.cuda.is_available(), worker_init_fn=prepare_worker,
+                  collate_fn=dataset.collate, **settings)
 
 
 def to_share(clips):

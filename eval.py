@@ -1202,17 +1202,21 @@ def is_refusal(error):
     return in_project and frames[-1].line.startswith("raise")
 
 
+NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+
 def error_line(error):
     """What the user is told of an error, in one short line; None for what only a bug causes."""
     message = " ".join(str(error).split())
     message = data.quoted(message, 290 if is_refusal(error) else 220)
-    if getattr(error, "errno", 0) == errno.ENOSPC and not error.filename:  # loaders' semaphores
-        return "/dev/shm is full: docker run --shm-size=8g, or fewer workers"
     if re.search(TOO_MANY_FILES, message):
         return "too many open files: raise the limit, as with `ulimit -n 4096`, or lower workers"
     if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, message):
         return ("out of memory: lower micro_batch or workers, or eval.py's --batch or --workers "
                 f"({message:.120})")
+    if getattr(error, "errno", 0) in NO_PLACE and error.filename:
+        return (f"{data.quoted(error.filename, 160)}: {error.strerror}; make room or give the "
+                "right to it, or name another place")
     if not isinstance(error, (ValueError, OSError)):
         return None
     if is_refusal(error):
@@ -1558,10 +1562,13 @@ def print_notes(tests, known):
             print(f"{name}: {note}", file=sys.stderr)
 
 
-def flags_of_all(args):
-    """The flags in which processes must agree: all but those that name files, or the machine."""
+def check_same_command(args, model):
+    """Raises ValueError, on every process, if the processes' flags or weights differ."""
     own = ("data", "checkpoint", "clip", "merges", "json", "picture", "workers", "device")
-    return {flag_of(name): str(value) for name, value in vars(args).items() if name not in own}
+    flags = {flag_of(name): str(value) for name, value in vars(args).items() if name not in own}
+    data.check_same("flags", flags, "give every machine the same command")
+    total = sum(value.double().sum().item() for value in model.state_dict().values())
+    data.check_same("weights", {"with the sum": f"{total:.9g}"}, "give every machine its files")
 
 
 def note_other_classes(videos, trained):
@@ -1580,12 +1587,12 @@ def run_test(args):
     tests = load_test_sets(args)
     check_outputs(args, [path for video_list in tests.values() for path in video_list.paths])
     data.check_same_data(describe_data(list(tests.values())))
-    data.check_same("flags", flags_of_all(args), "give every machine the same command")
     subsets = read_subsets(args, tests)
     default_clip = "ViT-B/16"
     if args.test == "shapes":
         default_clip = Path(args.data or "data/shapes", "clip.pt")
     chosen = chosen_model(args, default_clip)
+    check_same_command(args, chosen.model)
     base = args.half and chosen.recipe.get("base")  # a file of the base classes, see train.py
     if base and not os.path.isfile(base):
         raise ValueError(f"{base}: no such file; it holds the base classes of this checkpoint")

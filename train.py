@@ -657,22 +657,22 @@ def sigterm_noted():
     """Within it, SIGTERM (a scheduler's warning) only adds its time to the list that it yields.
 
     One that comes seconds after the first ends the process: somebody insists. A thread of its own
-    notes them, since Python runs no handler while the main thread waits for other processes.
+    sees to that, since Python runs no handler while the main thread waits for other processes.
     """
     times = []
     inside, outside = socket.socketpair()
     outside.setblocking(False)
 
     def watch():
+        first = None
         while number := inside.recv(1):  # b"" when the other end is closed
-            if number[0] != signal.SIGTERM:
-                continue
-            times.append(time.monotonic())
-            if times[-1] - times[0] > 3:  # sooner it is an echo: torchrun passes on its own
-                os._exit(143)
+            if number[0] == signal.SIGTERM:
+                first = first or time.monotonic()
+                if time.monotonic() - first > 3:  # sooner it is an echo: torchrun passes on its own
+                    os._exit(143)
 
     threading.Thread(target=watch, daemon=True).start()
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    before = signal.signal(signal.SIGTERM, lambda *_: times.append(time.monotonic()))
     waking = signal.set_wakeup_fd(outside.fileno(), warn_on_full_buffer=False)
     try:
         yield times

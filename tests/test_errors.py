@@ -475,7 +475,7 @@ def test_interrupted_at_the_keyboard(script, world, tmp_path):
         seen += process.stderr.read()
         assert process.wait(timeout=60) == 130, seen
     lines = [line for line in re.split(r"[\r\n]", seen) if line.strip() and "|" not in line
-             and not line.startswith(("  ", str(tmp_path))) and "no known videos" not in line]  # what a run begins with
+             and not line.startswith(("  ", str(tmp_path))) and "no known video" not in line]  # what a run begins with
     assert len(lines) == 1 and lines[0].startswith("interrupted; "), seen
     assert not list(tmp_path.rglob(".*"))
 

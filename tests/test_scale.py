@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -380,6 +381,14 @@ def test_a_batch_that_cannot_be_sent_ends_its_worker(capfd):
     assert "cannot send a batch" in capfd.readouterr().err
 
 
+def test_no_shared_memory_even_for_the_workers_locks(monkeypatch):
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", full)
+    with pytest.raises(ValueError, match="/dev/shm is full: docker run --shm-size=8g"):
+        iter(data.load_batches(Unsendable(), 1, batch_size=1))
+
+
 def same_on_all(rank, folder, lines):
     """In a process of its own: what check_same_data says on `rank`, written to folder/rank."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
@@ -391,6 +400,13 @@ def same_on_all(rank, folder, lines):
         said = str(error)
     (folder / str(rank)).write_text(said)
     torch.distributed.destroy_process_group()
+
+
+def test_processes_compare_their_commands(monkeypatch):
+    monkeypatch.setattr(data, "gather", lambda values: [{"batch": "4", "seed": "1"}, *values])
+    data.check_same("settings", {"batch": "4", "seed": "1"}, "mend it")
+    with pytest.raises(ValueError, match="rank 1 has other settings than rank 0: batch 2, not 4; mend it"):
+        data.check_same("settings", {"batch": "2", "seed": "1"}, "mend it")
 
 
 @pytest.mark.slow

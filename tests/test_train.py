@@ -411,9 +411,27 @@ def test_sigterm_during_an_epochs_last_save_is_heeded(world, tmp_path, monkeypat
 def test_a_second_sigterm_ends_the_process():
     code = ("import os, signal, time, train\nwith train.sigterm_noted() as times:\n"
             " os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); assert len(times) == 2; time.sleep(3.1)\n"
-            " print('first', flush=True); os.kill(os.getpid(), 15); print('never')")
+            " print('first', flush=True); os.kill(os.getpid(), 15); time.sleep(9); print('never')")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (143, "first\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_ends_a_process_that_waits_for_another(tmp_path):
+    """Rank 0 waits in a collective, in which Python runs no signal handler."""
+    code = ("import torch.distributed as dist, train\n"
+            f"dist.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=RANK, world_size=2)\n"
+            "with train.sigterm_noted():\n print('in', flush=True)\n import time\n"
+            " time.sleep(60) if RANK else dist.all_reduce(train.torch.zeros(1))")
+    waits, sleeps = (subprocess.Popen([sys.executable, "-c", code.replace("RANK", str(rank))], cwd=ROOT, stdout=subprocess.PIPE,
+                                      text=True) for rank in (0, 1))
+    assert waits.stdout.readline() == sleeps.stdout.readline() == "in\n"
+    for pause in (0.5, 3.2):
+        time.sleep(pause)
+        waits.send_signal(signal.SIGTERM)
+    assert waits.wait(timeout=20) == 143
+    sleeps.kill()
+    sleeps.wait()
 
 
 def test_processes_whose_data_differ_stop_at_once(monkeypatch):
