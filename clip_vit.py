@@ -650,9 +650,9 @@ class TextOnce:
 
         backward([loss, text], [1, sum of the leaves' gradients])
 
-    tests/test_text_once.py proves the gradients equal. It is one call because DDP takes a weight's
-    first gradient for the whole, and the last text block's weights are used on both sides. The
-    text's graph is kept from the first micro-batch to the last.
+    This may be skipped at first reading; tests/test_text_once.py proves the gradients equal. It is
+    one call because DDP takes a weight's first gradient for the whole, and the last text block's
+    weights are used on both sides. The text's graph is kept from the first micro-batch to the last.
     """
 
     def __init__(self):

@@ -1641,6 +1641,10 @@ DATASETS = ("shapes", *KNOWN, "folder")
 
 # ---- protocols -----------------------------------------------------------------------------------
 
+# From a folder to sets of videos; eval.py calls load_tests and train.py load_protocol, which come
+# last. Both go through open_files (what lies there), find_listing (what the annotations say),
+# test_sets and training_set (VideoLists), and `named` (other class names).
+
 TEST_FOLDERS = ("base", "novel", "test", "val")
 FEW_SHOT = ("fewshot", "base2novel")  # the protocols that draw `shots` videos per class
 
