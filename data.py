@@ -792,9 +792,21 @@ def windows_at(time, seconds, stride):
 
 
 def centre_crop(image, size):
-    """The centre (3, size, size) of an image (3, h, w), copied, so that the rest can be freed."""
+    """The centre (3, size, size) of an image (3, h, w)."""
     top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-    return image[:, top:top + size, left:left + size].copy()
+    return image[:, top:top + size, left:left + size]
+
+
+def places_for(size):
+    """Yields places (block, row) to keep frames (3, size, size) in: rows of blocks of 32 MB.
+
+    An array for each frame would lie between decoded frames, and the memory of those could not be
+    used again.
+    """
+    while True:
+        block = np.empty((2**25 // (3 * size**2) + 1, 3, size, size), np.uint8)
+        for row in range(len(block)):
+            yield block, row
 
 
 def read_windows(path, seconds, frames, size, short_side, indices=frame_indices, stride=None,
@@ -809,7 +821,7 @@ def read_windows(path, seconds, frames, size, short_side, indices=frame_indices,
     change no frame. damage: a Damage, which counts what is met. Raises VideoError.
     """
     stride = stride or seconds
-    reformatter, windows = VideoReformatter(), {}  # number: the frames so far
+    reformatter, free, windows = VideoReformatter(), places_for(size), {}
     with open_video(path, threads=threads) as video:
         found = decoded_frames(path, video, damage or Damage())
         for time, frame in timed_frames(found, video.stream.average_rate):
@@ -819,15 +831,16 @@ def read_windows(path, seconds, frames, size, short_side, indices=frame_indices,
                 start = number * stride
                 if frame is None and number and start - stride + seconds >= time:
                     continue  # the window before it reached the end
-                clip = np.stack([kept[i] for i in indices(len(kept), frames)])  # (T,3,R,R)
+                places = [kept[i] for i in indices(len(kept), frames)]
+                clip = np.stack([block[row] for block, row in places])  # (T,3,R,R)
                 yield round(start, 6), round(min(start + seconds, time), 6), torch.from_numpy(clip)
-            image = None
+            place = None
             for number in now:
-                window = windows.setdefault(number, Thinned(1024))
-                if image is None and window.keeps_next():
-                    image = to_image(reformatter, short_side, frame)[0].numpy()  # (3, h, w)
-                    image = centre_crop(image, size)
-                window.add(image)
+                window = windows.setdefault(number, Thinned(1024))  # places of the frames so far
+                if place is None and window.keeps_next():
+                    place = block, row = next(free)
+                    block[row] = centre_crop(to_image(reformatter, short_side, frame)[0], size)
+                window.add(place)
 
 
 # ---- augmentation --------------------------------------------------------------------------------
