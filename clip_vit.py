@@ -1220,7 +1220,7 @@ def from_google(state):
         for name, dense in (("c_fc", "Dense_0"), ("c_proj", "Dense_1")):
             tower[f"{ours}mlp.{name}.weight"] = state[f"{theirs}MlpBlock_3/{dense}/kernel"].T
             tower[f"{ours}mlp.{name}.bias"] = state[f"{theirs}MlpBlock_3/{dense}/bias"]
-    return {key: value.contiguous() for key, value in tower.items()}
+    return tower
 
 
 def vision_sizes(state):
@@ -1237,26 +1237,14 @@ def vision_sizes(state):
                 vision_mlp_width=state[prefix + "0.mlp.c_fc.weight"].shape[0])
 
 
-def has_no_text(state):
-    """Whether a state_dict is an image tower only, in timm's, Google's or OpenAI's layout."""
-    if "patch_embed.proj.weight" in state or "embedding/kernel" in state:
-        return True
-    return len(state) > 0 and all(key.startswith("visual.") for key in state)
+GOOGLE_QUERY = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"  # (D,H,d)
 
 
 def vision_only(state, activation=None, head_width=None):
-    """VisionOnly from a state_dict that has_no_text, loaded strictly.
+    """VisionOnly from a state_dict under OpenAI's keys, loaded strictly.
 
     A tower without ln_pre is an image classifier's: exact GELU and eps 1e-6; otherwise CLIP's.
     """
-    if "embedding/kernel" in state:
-        query = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
-        try:
-            state, head_width = from_google(state), state[query].shape[2]
-        except KeyError as error:
-            raise ValueError(f"not a ViT in Google's layout: no {error}") from error
-    elif "patch_embed.proj.weight" in state:
-        state = from_timm(state)
     sizes = vision_sizes(state)
     width = sizes["vision_width"]
     from_clip = "visual.ln_pre.weight" in state
@@ -1460,8 +1448,8 @@ FORMATS = (  # from the most special to CLIP's plain keys, which many others hol
     Format("SigLIP", r"^logit_bias$|^vision_model\.head\.|^visual\.trunk\.attn_pool\."),
     Format("open_clip model with other towers", r"^visual\.trunk\.|^text\.|^visual\.blocks\."),
     Format("ResNet CLIP", r"^visual\.layer1\."),
-    Format("ViT in timm's layout", r"^patch_embed\.proj\.weight$", dict),
-    Format("ViT in Google's layout", r"^embedding/kernel$", dict),
+    Format("ViT in timm's layout", r"^patch_embed\.proj\.weight$", from_timm),
+    Format("ViT in Google's layout", r"^embedding/kernel$", from_google),
     Format("Hugging Face CLIP", r"^(text|vision)_model\.encoder\.", from_hugging_face,
            "config.json", read_hugging_face_config),
     Format("CLIP", "", dict, "open_clip_config.json", read_open_clip_config),
@@ -1590,8 +1578,10 @@ def load_clip(source, merges=None, activation=None, head_width=None):
         double = patches is not None and patches.dtype == torch.float64
         dtype = torch.float64 if double else torch.float32
         state = {key: own_tensor(key, value, dtype, copy) for key, value in state.items()}
-        if has_no_text(state):
+        if state and all(key.startswith("visual.") for key in state):
             facts = weights.facts | given
+            if row.rename is from_google:
+                facts["head_width"] = weights.state[GOOGLE_QUERY].shape[2]
             clip = vision_only(state, facts.get("activation"), facts.get("head_width"))
         else:
             sizes = sizes_of(state)

@@ -9,7 +9,7 @@
 Sections: models from files - evaluation - writing files - drawing - what a model made of a clip -
 classes over time - curves, confusion and reversal - running a script - the model that the flags
 name - test sets - single videos - checking files - the command line. train.py uses those up to
-running a script, and of the test sets describe_data and known_tests.
+running a script, and of the test sets evaluate, describe_data, known_tests and print_notes.
 
 Letters: B videos, V views, T frames, P patches, S seeds per frame, k context tokens, C classes,
 R side in pixels; n test videos.
@@ -345,6 +345,18 @@ def eval_views(recipe, model):
     return data.Views(size=size, short_side=short_side or usual, **kept)
 
 
+def device_of(model):
+    """Where a model lies."""
+    return model.clip.visual.class_embedding.device
+
+
+def device_name(device):
+    """The GPU's name, or the CPU's number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"the CPU, {data.counted(torch.get_num_threads(), 'thread', 'threads')}"
+
+
 # ---- evaluation ------------------------------------------------------------------------------
 
 BAD_SHARE = 0.05  # a larger share of unreadable videos stops a run
@@ -363,7 +375,7 @@ PAPER_COLUMNS = {
     "supervised": ("top-1", "top-5"),
 }
 # [paper] the numbers in these columns, in %, by protocol, method, training data, backbone and
-# frames. The zero-shot rows are those of models ensembled with CLIP, weight 0.7, but for CLIP's.
+# frames. The zero-shot rows are of models ensembled with CLIP, weight 0.7, except CLIP's own.
 PAPERS = {
     "zeroshot clip none ViT-B/16 16": (40.8, 63.2, 59.8),  # the bare names, ImageNet's pixels
     "zeroshot vifi k400 ViT-B/16 16": (52.2, 81.0, 73.9),
@@ -467,7 +479,7 @@ def view_logits(model, views, pixels, precision):
 
     Raises ValueError if a logit is not finite.
     """
-    device = model.clip.visual.class_embedding.device
+    device = device_of(model)
     video = torch.as_tensor(views).flatten(0, 1).to(device, non_blocking=True)
     video = data.normalise(video, pixels)
     with autocast(device, precision):
@@ -798,7 +810,7 @@ def point_columns(model, points, clip, shown, side):
 
 def clip_columns(model, clip, pixels, shown, side):
     """What TC-CLIP or ILA made of a clip in the last block that tells; of other models frames."""
-    device = model.clip.visual.class_embedding.device
+    device = device_of(model)
     video = data.normalise(clip.to(device), pixels)[None]  # (1,T,3,R,R)
     if isinstance(model, TCCLIP):
         summaries = model.vision(model.clip.visual, video)[2]
@@ -1293,7 +1305,7 @@ def chosen_model(args, default_clip):
 @torch.no_grad()
 def check_frames(model, views):
     """Raises ValueError if the model does not take this number of frames."""
-    device = model.clip.visual.class_embedding.device
+    device = device_of(model)
     frames = torch.zeros(1, views.frames, 3, views.size, views.size, device=device)
     try:
         getattr(model, "model", model).encode_video(frames)  # a linear probe's own model
@@ -1304,9 +1316,8 @@ def check_frames(model, views):
 def describe_chosen(chosen):
     """A line about the model, the device and the precision."""
     method, views = METHODS[chosen.recipe["method"]].title, chosen.views
-    device = chosen.model.clip.visual.class_embedding.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return (f"{method} on {name}, {chosen.precision}; {views.clips}x{views.crops} views of "
+    device = device_name(device_of(chosen.model))
+    return (f"{method} on {device}, {chosen.precision}; {views.clips}x{views.crops} views of "
             f"{views.frames} frames, {views.size} pixels")
 
 
@@ -1553,7 +1564,7 @@ def known_tests(recipe, classes, tests):
 
 
 def print_notes(tests, known):
-    """What a user must know of the test sets, of which a linear head can do those in `known`."""
+    """Prints the test sets that a linear head cannot do, not in `known`, and the others' notes."""
     for name in tests.keys() - known.keys():
         print(f"{name}: left out, since a linear head knows only the classes of its training",
               file=sys.stderr)
@@ -1727,7 +1738,7 @@ def class_values(chosen, views):
 def video_features(chosen, views):
     """uint8 (b,V,T,3,R,R) -> the mean of the views' features (b,E) float32, not normalised."""
     model = getattr(chosen.model, "model", chosen.model)  # inside a linear probe
-    device = model.clip.visual.class_embedding.device
+    device = device_of(model)
     video = data.normalise(views.flatten(0, 1).to(device), chosen.views.pixels)
     with autocast(device, chosen.precision):
         features = model.encode_video(video)
@@ -1751,7 +1762,7 @@ def frame_distance(model, clip, pixels):
 
     clip: (T,3,R,R) uint8; the patches are those of ILA's last block.
     """
-    video = data.normalise(clip.to(model.clip.visual.class_embedding.device), pixels)[None]
+    video = data.normalise(clip.to(device_of(model)), pixels)[None]
     frames = F.normalize(model.encode(video)[0][0, :, 1:], dim=-1)  # (T,P,D)
     return float(np.mean([earth_movers_distance(a, b) for a, b in zip(frames, frames[1:])]))
 
@@ -1917,8 +1928,8 @@ def run_video(args):
     names = chosen_classes(args, chosen)
     if names:
         set_classes(chosen.model, names, args.prompt)
-    for _ in ensembled(args, chosen):  # a single weight
-        print(describe_chosen(chosen), file=sys.stderr)
+    next(ensembled(args, chosen))  # sets the one weight of --ensemble
+    print(describe_chosen(chosen), file=sys.stderr)
     records, features, failed = [], [], 0
     bar = data.progress_bar(paths, desc="videos", leave=False) if len(paths) > 2 else paths
     for path in bar:
@@ -2064,25 +2075,18 @@ def check_task(parser, args):
         path = getattr(args, name)
         if path and path != "-" and not (name == "picture" and is_folder(path) and args.video):
             check_output(parser, flag_of(name), path)
-    if args.test:
-        check_test_flags(parser, args)
+    picture = args.picture or ".png"
+    if not (picture.lower().endswith((".png", ".jpg")) or args.video and is_folder(picture)):
+        kind = ", or be a folder" if args.video else ""
+        parser.error(f"--picture {picture}: its name must end in .png or .jpg{kind}")
     if args.video:
         check_video_flags(parser, args)
     args.set = dict(args.set)
     return args
 
 
-def check_test_flags(parser, args):
-    """Refuses flags that do not go together in --test."""
-    if args.picture and not args.picture.lower().endswith((".png", ".jpg")):
-        parser.error(f"--picture {args.picture}: its name must end in .png or .jpg")
-
-
 def check_video_flags(parser, args):
     """Refuses flags that do not go together in --video."""
-    picture = args.picture or ".png"
-    if not (picture.lower().endswith((".png", ".jpg")) or is_folder(picture)):
-        parser.error(f"--picture {picture}: its name must end in .png or .jpg, or be a folder")
     if args.features and not args.features.endswith(".npz"):
         parser.error(f"--features {args.features}: its name must end in .npz")
     if not (args.classes or args.checkpoint or args.features):

@@ -23,7 +23,7 @@ import copy
 import math
 import re
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +79,7 @@ def frame_pairs(frames, align):
     aligned features, as (pair, side). `align` is one of
     adjacent       pairs (t, t+1); the last frame takes the second side of the last pair [paper]
     first, middle  pairs (t, reference) [paper, Table 6]; the reference frame takes the second side
-                   of the pair of the frame before it [ours]
+                   of the pair of the frame before it, frame 0 that of frame 1's [ours]
     """
     if align == "adjacent":
         pairs = [(t, t + 1) for t in range(frames - 1)]
@@ -122,7 +122,8 @@ def norm_relu(channels):
 class PointNet(nn.Module):
     """Two frames' patches -> a point in each. The paper does not give it; this has its cost [ours].
 
-    On SSv2 the first layer is 3x3, and two more 3x3 layers follow [paper: "more convolutions"].
+    Kinetics: a 1x1 layer, a 3x3 one per channel, pooling, a 3x3 one. SSv2, twice as wide: a 3x3
+    layer, two 3x3 ones, pooling, a 3x3 one [paper: "more convolutions"].
     `local(c_in, c_out, groups)` makes a layer that looks at 3x3 windows of a map (n,c_in,g,g).
     """
 
@@ -164,7 +165,8 @@ def as_maps(patches):
 # ---- the aligned block ---------------------------------------------------------------------------
 
 class Aligned(NamedTuple):
-    """What every aligner returns; it is a module that takes (x, CLIP's block, disturbance)."""
+    """What every aligner returns. An aligner is a module that is called with (x, CLIP's block,
+    disturbance) and runs the block on x, aligned in its own way."""
 
     x: torch.Tensor  # (B,T,N,D) after the block
     loss: torch.Tensor | float = 0.0  # L_align, a scalar
@@ -355,11 +357,11 @@ class ILAConfig:
         if (self.form == "released") != (self.num_classes is None):
             raise ValueError(f"num_classes is {self.num_classes}; form 'released' takes none, "
                              "and form 'released-ssv2' needs it")
-        for field in fields(self):
-            fixed = field.name in ("align", "blocks", "operator", "use", "rival")
-            if fixed and getattr(self, field.name) != field.default:
-                raise ValueError(f"form {self.form!r} has no other {field.name} than "
-                                 f"{field.default!r}; only form 'paper' has")
+        for name in ("align", "blocks", "operator", "use", "rival"):
+            default = getattr(ILAConfig, name)
+            if getattr(self, name) != default:
+                raise ValueError(f"form {self.form!r} has no other {name} than {default!r}; only "
+                                 "form 'paper' has")
 
 
 def block_range(blocks, layers):
@@ -456,15 +458,16 @@ class ILA(AlignedModel):
             self.head = linear_head(embed, config.num_classes)
         else:
             require_text(clip, "ILA without num_classes")
-        if self.head is None and config.video_prompt:
-            self.video_prompt = VideoSpecificText(clip.visual.width, embed)
+            if config.video_prompt:
+                self.video_prompt = VideoSpecificText(clip.visual.width, embed)
         self.register_buffer("tokens", None, persistent=False)  # (n,C,L) of n templates
         self.text_cache = TextCache(clip)
         self.used_outputs = config.num_classes
         self.to(clip.visual.class_embedding)  # its device and dtype
-        for name, parameter in clip.named_parameters():
-            trains = self.head is None or config.finetune
-            parameter.requires_grad_(trains and not is_text(name))
+        clip.requires_grad_(False)
+        clip.visual.requires_grad_(self.head is None or config.finetune)
+        if self.head is None:
+            clip.logit_scale.requires_grad_(True)
 
     def set_classes(self, names, templates=("{}",)):
         """Class names as in the dataset's files; the text is the bare name, or `templates`' text.
@@ -490,8 +493,7 @@ class ILA(AlignedModel):
         return self.text_cache(lambda: class_features(self.clip, self.tokens), frozen=not trains)
 
     def encode(self, video):
-        """Normalised video (B,T,3,R,R) -> Aligned: the last block's rows x (B,T,N,D), the weighted
-        alignment loss, and a list with the points (B,T-1,2,2) of each aligned block."""
+        """Normalised video (B,T,3,R,R) -> Encoded."""
         visual = self.clip.visual
         x = first_rows(visual, video, self.config.frames)  # (B,T,N,D)
         delta = self.delta if self.training else None
@@ -911,7 +913,7 @@ class RecordedBlock:
         self.q, self.k = block.attn.queries(y), k[..., :x.shape[-2], :]
         heads = F.scaled_dot_product_attention(self.q, k, v)
         x = x + block.attn.project_out(heads)
-        self.out = x + block.mlp(block.ln_2(x))
+        self.out = block.add_mlp(x)
         return self.out
 
 
@@ -994,7 +996,7 @@ class EVL(nn.Module):
 
     def forward(self, visual, video, delta):
         """Video (B,T,3,R,R) -> Encoded, with the video's feature (B,D) for x."""
-        frames, blocks = video.shape[:2], list(visual.transformer.resblocks)
+        (B, T), blocks = video.shape[:2], list(visual.transformer.resblocks)
         unread = len(blocks) - len(self.layers)
         read = [RecordedBlock(block) for block in blocks[unread:]]
         trains = any(parameter.requires_grad for parameter in self.aligners.parameters())
@@ -1002,9 +1004,9 @@ class EVL(nn.Module):
             x = first_rows(visual, video, self.config.frames)  # (B,T,N,D)
             _, loss, points = run_blocks(blocks[:unread] + read, self.aligners, x, delta,
                                          self.config.align_weight)
-        token = self.token.expand(frames[0], 1, -1)  # (B,1,D)
+        token = self.token.expand(B, 1, -1)  # (B,1,D)
         for layer, block in zip(self.layers, read):
-            recorded = [value.unflatten(0, frames) for value in (block.out, block.q, block.k)]
+            recorded = [value.unflatten(0, (B, T)) for value in (block.out, block.q, block.k)]
             token = layer(token, *recorded)
         return Encoded(token[:, 0], loss, points)
 
@@ -1029,7 +1031,7 @@ class HostedILA(AlignedModel):
         self.names = names
 
     def encode(self, video):
-        """Normalised video (B,T,3,R,R) -> Aligned: the video's feature, loss and points."""
+        """Normalised video (B,T,3,R,R) -> Encoded, with the video's feature for x."""
         return self.host(self.clip.visual, video, self.delta if self.training else None)
 
     def encode_video(self, video):

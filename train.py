@@ -68,7 +68,7 @@ CHOICES = {
 }
 COUNTS = ("shots", "frames", "clips", "epochs", "micro_batch", "eval_every", "save_every")
 SHARES = ("flip", "jitter", "grey", "shift", "smoothing", "switch")
-MOST = dict.fromkeys(SHARES, 1) | {"frames": 1024, "clips": 100, "short_side": 8192}
+MOST = dict.fromkeys(SHARES, 1) | evaluation.LARGEST_IN_FILE
 
 
 def knobs(config):
@@ -250,11 +250,11 @@ TEMPORAL_POSITIONS = ("positions", "frame_positions", "position")  # last parts 
 def learning_rate(t, total, warmup, peak, lowest, schedule="released"):
     """The rate at time t of `total` steps: a linear warm-up, then a half cosine to `lowest`.
 
-    All schedules rise from 0 to `peak` over `warmup` steps. "continuous" then falls from the peak.
-    "steps" stays there and drops to a tenth after 11 and after 14 of 15 parts. [released,
-    TimeSformer]
-    [released] "released" runs the cosine over t / total, warm-up included, so that the rate jumps
-    down where warm-up ends: to a half if that is half of the run.
+    continuous  the cosine begins where the warm-up ends
+    steps       the peak; a tenth of it from 11/15 of the run, a hundredth from 14/15 [TimeSformer's
+                code]
+    released    the cosine counts from step 0, so that the rate jumps down where the warm-up ends
+                [TC-CLIP's code]
     """
     if t < warmup:
         return peak * t / warmup
@@ -304,9 +304,9 @@ def time_of_step(recipe, step, count):
 
     "continuous", "steps": the middle of the step, t = step + 1/2, in steps.
     [released] "released": t is in passes of 16 videos (4 on each of 4 GPUs), of which a step
-    accumulates A = batch / 16. An epoch counts those that drop_last leaves out too. The rate is set
-    in a step's last pass for the next step: in whole epochs step s runs at t = A s - 1, and only
-    the first one has rate 0.
+    accumulates A = batch / 16. An epoch counts those that drop_last leaves out too. That loop sets
+    the rate in the last pass of a step, for the step after it: step s > 0 runs at t = A s - 1, and
+    step 0 at rate 0.
     """
     per_epoch = steps_per_epoch(recipe, count)
     if recipe.schedule != "released":
@@ -319,19 +319,19 @@ def time_of_step(recipe, step, count):
     return epoch * passes + A * (before + 1) - 1, passes
 
 
-def set_rates(optimizer, recipe, step, count):
-    """Sets the learning rates of optimiser step `step`, see time_of_step; returns the base rate."""
+def rate_of_step(recipe, step, count, multiple=1.0):
+    """The learning rate of optimiser step `step`, for a group with this multiple of lr."""
     t, per_epoch = time_of_step(recipe, step, count)
     total = recipe.epochs * per_epoch
     warmup = recipe.warmup_epochs * per_epoch
+    peak = recipe.lr * multiple
+    return learning_rate(t, total, warmup, peak, recipe.lr_min, recipe.schedule)
 
-    def rate(multiple):
-        peak = recipe.lr * multiple
-        return learning_rate(t, total, warmup, peak, recipe.lr_min, recipe.schedule)
 
+def set_rates(optimizer, recipe, step, count):
+    """Sets the learning rates of optimiser step `step`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate(group["multiple"])
-    return rate(1.0)
+        group["lr"] = rate_of_step(recipe, step, count, group["multiple"])
 
 
 def epoch_batches(recipe, count, epoch, rank=0, world=1):
@@ -464,8 +464,6 @@ def differences(old, new):
 
 def check_same_run(folder, recipe):
     """Raises ValueError if the run folder holds a run of another recipe (a dict)."""
-    for left in folder.glob(".*.*.[0-9]*"):  # by a write that was killed
-        left.unlink()
     path = folder / "recipe.json"
     if path.exists():
         old = read_json(path, {"protocol": str}, "delete it, and the same command writes it again")
@@ -495,6 +493,8 @@ def open_folder(folder, recipe):
         raise ValueError(f"{folder} cannot be made a folder ({error.strerror}): choose another "
                          "--out") from error
     with locked(folder):
+        for left in folder.glob(".*.*.[0-9]*"):  # by a write that was killed
+            left.unlink()
         check_same_run(folder, recipe)
         yield
 
@@ -700,7 +700,7 @@ def forward_sums(run, clips, labels, weights, own):
     clips (b,T,3,R,R) uint8, labels (b,), weights (b,) 0 or 1; own: see draw_mixing.
     """
     recipe = run.recipe
-    device = run.model.clip.visual.class_embedding.device
+    device = evaluation.device_of(run.model)
     weights = torch.as_tensor(weights, dtype=torch.float32, device=device)
     clips = torch.as_tensor(clips).to(device, non_blocking=True)
     video = data.normalise(clips, recipe.pixels)
@@ -715,10 +715,11 @@ def forward_sums(run, clips, labels, weights, own):
     return torch.stack([weights @ losses, count * aux.float(), count])
 
 
-def add_gradients(run, loader, micro_batch, videos, text):
-    """Reads a micro-batch of a step of so many videos and adds its gradients to the weights'.
+def add_gradients(run, loader, micro_batch, videos, once):
+    """Reads the next micro-batch and adds its gradients to the weights'.
 
-    `text` is the step's TextOnce. Returns the sums over this process's videos of (loss, auxiliary
+    `videos` is the number of videos in the whole step, over all processes; `once` is the step's
+    TextOnce. Returns the sums over this process's videos of (loss, auxiliary
     loss, 1), and the reading errors.
     """
     _, world = data.rank_and_world()
@@ -726,23 +727,23 @@ def add_gradients(run, loader, micro_batch, videos, text):
     if clips is None:
         raise ValueError("ten training videos in a row cannot be read: " + "; ".join(errors))
     own = draw_mixing(run.recipe, micro_batch, run.training.views.size)
-    together = contextlib.nullcontext()
-    if world > 1 and not text.last:
-        together = run.wrapped.no_sync()  # gradients cross the network once, at the last
-    with together:
+    sync = contextlib.nullcontext()
+    if world > 1 and not once.last:
+        sync = run.wrapped.no_sync()  # gradients cross the network once, at the last
+    with sync:
         sums = forward_sums(run, clips, labels, weights, own)
         loss = sums[:2].sum() * world / videos  # DDP takes the mean over processes
-        text.backward(run.scaler.scale(loss))
+        once.backward(run.scaler.scale(loss))
     return sums.detach(), errors
 
 
 def train_step(run, loader, micro_batches, videos):
     """One optimiser step over this process's micro-batches, see epoch_batches, read by the loader.
 
-    Its gradient is that of the mean loss over the step's `videos`, a number, those of all
-    processes, however they are cut up. The text tower runs once, whatever the number of
-    micro-batches. Returns the sums over this process's videos of (loss, auxiliary loss, 1), and the
-    reading errors.
+    The gradient is that of the mean loss over the step's `videos` (their number, over all
+    processes), however processes and micro-batches divide them. The text tower runs once.
+    Returns the sums over this process's videos of (loss, auxiliary loss, 1), and the reading
+    errors.
     """
     recipe = run.recipe
     rank, _ = data.rank_and_world()
@@ -751,10 +752,10 @@ def train_step(run, loader, micro_batches, videos):
     torch.manual_seed((recipe.seed * 1_000_003 + step) * 1024 + rank)
     sums = 0
     errors = []
-    with text_once(run.model) as text:
+    with text_once(run.model) as once:
         for i, micro_batch in enumerate(micro_batches, 1):
-            text.last = i == len(micro_batches)
-            part, bad = add_gradients(run, loader, micro_batch, videos, text)
+            once.last = i == len(micro_batches)
+            part, bad = add_gradients(run, loader, micro_batch, videos, once)
             sums = sums + part
             errors += bad
     if recipe.clip_grad:
@@ -782,12 +783,13 @@ def train_epoch(run, loader, bar):
     loader: an iterator over the batches of batches_left. Returns whether SIGTERM has stopped it.
     """
     recipe, progress = run.recipe, run.progress
-    device = run.model.clip.visual.class_embedding.device
+    device = evaluation.device_of(run.model)
     epoch = len(progress["history"])
     done = progress["step"] - epoch * run.per_epoch
     run.wrapped.train()
     if hasattr(run.model, "set_epoch"):
         run.model.set_epoch(epoch)
+    # the lists that batches_left gives the loader; none if last.pt was saved at this epoch's end
     steps = epoch_batches(recipe, len(run.training), epoch, *data.rank_and_world())[done:]
     sums, errors, began = 0, [], time.monotonic()
     with sigterm_noted() as times:
@@ -841,7 +843,7 @@ def finish_epoch(run):
     line = {
         "epoch": epoch,
         "step": progress["step"],
-        "lr": set_rates(run.optimizer, recipe, progress["step"] - 1, len(run.training)),
+        "lr": rate_of_step(recipe, progress["step"] - 1, len(run.training)),
         "loss": loss / videos,
         "aux_loss": aux / videos,
         "seconds": round(progress["seconds"], 2),
@@ -949,7 +951,7 @@ def lines_of(words):
 
 def announce(run, train_videos, tests, all_tests):
     """Prints what a run begins with. Of all_tests, `tests` are those that the model can do."""
-    device = run.model.clip.visual.class_embedding.device
+    device = evaluation.device_of(run.model)
     print(header_of(run.recipe, run.folder, train_videos, tests, device), file=sys.stderr)
     evaluation.print_notes(all_tests, {"training": train_videos} | tests)
     if run.progress["step"]:
@@ -964,7 +966,7 @@ def header_of(recipe, folder, train_videos, tests, device):
     sizes = ", ".join(f"{name} of {len(videos.paths)}" for name, videos in tests.items())
     classes, count = len(train_videos.classes), len(train_videos.paths)
     text = (f"{folder}: {recipe.method} on {recipe.dataset}, {count} training videos of {classes} "
-            f"classes; tests: {sizes}; on {device_name(device)}")
+            f"classes; tests: {sizes}; on {evaluation.device_name(device)}")
     known = data.KNOWN.get(recipe.dataset)
     expected = known.classes if known else classes
     if classes != expected and recipe.protocol != "base2novel":
@@ -989,12 +991,6 @@ def header_of(recipe, folder, train_videos, tests, device):
         lines.append(f"  updates in all: {updates}, which teach little; more epochs or a smaller "
                      "batch make more")
     return "\n".join(lines)
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"the CPU, {torch.get_num_threads()} threads"
 
 
 def read_best(run):
@@ -1434,7 +1430,7 @@ def runs_of(protocol, settings):
 
 
 def checkpoint_defaults(args):
-    """(method or None, settings) that a --checkpoint of ours brings with it; they see alike."""
+    """(method or None, settings) of a --checkpoint of ours: a run from it sees videos alike."""
     asked = dict(setting.partition("=")[::2] for setting in args.set)
     path = args.checkpoint or asked.get("checkpoint")
     content = open_weights(path).content if path else None
@@ -1631,14 +1627,10 @@ def main(args):
 
 
 def describe(title, config, but=()):
-    """Help on a configuration dataclass's settings, name=default and its meaning.
-
-    Two short ones share a line. Settings in `but` are left out.
-    """
+    """Help on a configuration dataclass's settings: name=default and its meaning, but for some."""
     helps = {field.name: field.metadata["help"] for field in dataclasses.fields(config)
              if "help" in field.metadata}
     lines = [title]
-    half = ""  # a short entry that waits for another
     for name, (kind, default) in knobs(config).items():
         if name in but:
             continue
@@ -1646,13 +1638,7 @@ def describe(title, config, but=()):
             default = str(default).lower()
         elif isinstance(default, tuple):
             default = ",".join(map(str, default))
-        entry = f"  {name}={default}  {helps.get(name, '')}"
-        if half and len(entry) <= 50:
-            lines[-1] = f"{half:50}{entry[1:]}"
-            half = ""
-        else:
-            lines.append(entry)
-            half = entry if len(entry) < 50 else ""
+        lines.append(f"  {name}={default}  {helps.get(name, '')}")
     return "\n".join(lines)
 
 

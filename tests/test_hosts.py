@@ -338,6 +338,17 @@ def test_what_trains(kind):
     assert bool(aligners) == (kind != "EVL")
 
 
+def test_a_finetuned_linear_head_leaves_the_text_and_its_scale_alone():
+    """DDP waits for the gradient of every parameter that trains, and a linear head needs no text."""
+    model = ILA(tiny_clip(context=77), ILAConfig(frames=4, num_classes=3, finetune=True)).train()
+    names = {name for name, parameter in model.clip.named_parameters() if parameter.requires_grad}
+    assert names == {name for name, _ in model.clip.named_parameters() if name.startswith("visual.")}
+    model.set_classes(["a", "b", "c"])
+    logits, loss = model(torch.randn(2, 4, 3, 32, 32))
+    (F.cross_entropy(logits, torch.tensor([0, 2])) + loss).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
 def kept_bytes(model):
     """Bytes that a training step keeps for its backward pass."""
     kept = {}
