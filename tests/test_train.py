@@ -128,7 +128,8 @@ def test_the_released_schedule_and_groups():
         expected = figures[f"lr_used_acc{accumulation}"]
         accumulating, used = dataclasses.replace(recipe, batch=16 * accumulation), []
         for step in range(len(expected)):
-            base = train.set_rates(optimizer, accumulating, step, 16 * notes["steps_per_epoch"])
+            train.set_rates(optimizer, accumulating, step, 16 * notes["steps_per_epoch"])
+            base = train.rate_of_step(accumulating, step, 16 * notes["steps_per_epoch"])
             used.append([group["lr"] for group in optimizer.param_groups])
             assert base == used[-1][0]
         np.testing.assert_allclose(used, expected, rtol=1e-12)
