@@ -18,6 +18,7 @@ def bench(*words):
     return run_command(bench_speed.main, lambda: bench_speed.parse_args(list(map(str, words))))
 
 
+@pytest.mark.slow
 def test_the_benchmark_stands_beside_the_papers(tmp_path, capsys, monkeypatch):
     save_clip(tmp_path / "clip.pt", vision_layers=5)
     monkeypatch.setattr(bench_speed, "memory_of", lambda name, args: 2.0)
@@ -40,6 +41,7 @@ def test_the_benchmark_stands_beside_the_papers(tmp_path, capsys, monkeypatch):
     assert bench(*words, "--device", "cuda") == 2 and "finds no GPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_published_form_stands_beside_ours(tmp_path, capsys, monkeypatch):
     """Its text is computed for every video: its cost per video grows with the classes, ours hardly."""
     torch.save(tiny_clip(vision_layers=5).state_dict(), tmp_path / "clip.pt")

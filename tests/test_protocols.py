@@ -49,6 +49,7 @@ def kinetics(root, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_zeroshot_trains_on_kinetics_and_tests_on_the_others(root, kinetics, tmp_path, capsys):
     result = json.loads((kinetics / "results.json").read_text())
     assert result["train_videos"] == 3 + 4 + 5 + 6 and result["tests"]["val"]["videos"] == 4

@@ -96,6 +96,7 @@ def test_the_readme_names_commands_of_every_kind():
         assert any(words in command for command in COMMANDS), words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command != "train.py --protocol fewshot"])
 def test_every_command_runs(home, runs, monkeypatch, capsys, command):
     """As written, but with the stand-in CLIP, and in training with toy settings for all that the command leaves open."""
@@ -129,6 +130,7 @@ def test_every_command_runs(home, runs, monkeypatch, capsys, command):
     assert evaluation.run_command(main, lambda: parse(words)) == 0, capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_python_in_it_runs(home, runs, monkeypatch, capsys):
     monkeypatch.chdir(home)
     names = {}

@@ -86,6 +86,7 @@ def test_a_scaled_loss_scales_all_gradients(method):
     assert all(torch.equal(scaled[name], 2**16 * found[name]) for name in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["frame pooling", "tc"])
 def test_autocast_adds_gradients_up_in_fp32(method):
     """In bf16 the two forms differ by rounding only, and the shared one is no further from fp32."""

@@ -480,6 +480,7 @@ def test_too_many_bad_videos_stop_the_run(world, tmp_path):
 
 # ---- every method and protocol ------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol, method", [("zeroshot", "tc"), ("supervised", "ila"), ("base2novel", "vifi")])
 def test_protocols(world, tmp_path, protocol, method):
     result = run(world, tmp_path / "run", "epochs=1", "precision=bf16", "seed=7", protocol=protocol, method=method)

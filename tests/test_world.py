@@ -130,6 +130,7 @@ train.prepare_miniature(pathlib.Path("shapes"), "cpu")
 """
 
 
+@pytest.mark.slow
 def test_two_first_commands_prepare_once_and_tidy_up_after_a_killed_one(tmp_path):
     def start(*words):
         return subprocess.Popen([sys.executable, "-c", PREPARE, *words], cwd=tmp_path, text=True,
