@@ -1627,10 +1627,14 @@ def main(args):
 
 
 def describe(title, config, but=()):
-    """Help on a configuration dataclass's settings: name=default and its meaning, but for some."""
+    """Help on a configuration dataclass's settings, name=default and its meaning.
+
+    Two short ones share a line. Settings in `but` are left out.
+    """
     helps = {field.name: field.metadata["help"] for field in dataclasses.fields(config)
              if "help" in field.metadata}
     lines = [title]
+    half = ""  # a short entry that waits for another
     for name, (kind, default) in knobs(config).items():
         if name in but:
             continue
@@ -1638,7 +1642,13 @@ def describe(title, config, but=()):
             default = str(default).lower()
         elif isinstance(default, tuple):
             default = ",".join(map(str, default))
-        lines.append(f"  {name}={default}  {helps.get(name, '')}")
+        entry = f"  {name}={default}  {helps.get(name, '')}"
+        if half and len(entry) <= 50:
+            lines[-1] = f"{half:50}{entry[1:]}"
+            half = ""
+        else:
+            lines.append(entry)
+            half = entry if len(entry) < 50 else ""
     return "\n".join(lines)
 
 

@@ -308,7 +308,7 @@ def test_a_checkpoint_knows_its_classes_and_words(world, long, tuned, capsys):
     assert evaluate("--video", long, "--checkpoint", tuned) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[1:] == ["  1.000  a"] or "a (cosine similarity)" in out
-    assert "warning" not in err and "TC-CLIP on cpu, fp32; 1x1 views of 8 frames, 32 pixels" in err
+    assert "warning" not in err and "TC-CLIP on the CPU, 1 thread, fp32; 1x1 views of 8 frames, 32 pixels" in err
     assert evaluate("--video", long, "--checkpoint", tuned, "--classes", "tai chi, a") == 0
     warning = capsys.readouterr().err.splitlines()[0]
     assert warning.startswith("warning: ") and "never trained on words such as chi, tai: " in warning
