@@ -719,8 +719,8 @@ def add_gradients(run, loader, micro_batch, videos, once):
     """Reads the next micro-batch and adds its gradients to the weights'.
 
     `videos` is the number of videos in the whole step, over all processes; `once` is the step's
-    TextOnce. Returns the sums over this process's videos of (loss, auxiliary
-    loss, 1), and the reading errors.
+    TextOnce. Returns the sums over this process's videos of (loss, auxiliary loss, 1), and the
+    reading errors.
     """
     _, world = data.rank_and_world()
     clips, labels, weights, errors = next(loader)
@@ -1085,6 +1085,7 @@ def run_recipe(recipe, root, folder, device):
         run = start(recipe, folder, train_videos, tests[validation], device)
         for videos in (*tests.values(), train_videos):  # refuse names now, not after the training
             run.model.set_classes(videos.classes)
+        run.trained_on = trained  # and, where tests may be drawn from the same videos, these:
         if recipe.protocol in data.FEW_SHOT or recipe.dataset == "folder":
             run.trained_on = trained + data.keys_of(train_videos)
         rank, _ = data.rank_and_world()

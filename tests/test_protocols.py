@@ -154,6 +154,13 @@ def test_what_a_checkpoint_has_seen_is_left_out_after_further_training_too(root,
     assert f"{len(seen['second'])} of 12 videos are left out" in err and f"{12 - len(seen['second'])} videos" in out
 
 
+def test_what_a_checkpoint_has_seen_is_not_forgotten_on_a_known_data_set(root, mine, tmp_path):
+    assert train_mine(root, mine, tmp_path / "first", "shots=2") == 0
+    run(root, tmp_path / "second", "supervised", "ucf101", "prompt=pic", flags=["--checkpoint", tmp_path / "first"], method="vifi")
+    seen = [read_checkpoint(tmp_path / name / "best.pt")["trained_on"] for name in ("first", "second")]
+    assert len(seen[0]) == 4 and seen[1] == seen[0]
+
+
 def test_a_supervised_checkpoint_of_ones_own_folder_knows_its_videos(root, mine, tmp_path, capsys):
     parts = tmp_path / "parts"
     for label in ("run", "walk"):
