@@ -6,6 +6,7 @@ loaders; the miniature world.
 Letters: B videos, T frames, V views, R side in pixels, C classes. Frames are uint8 RGB, channels
 first, unless said otherwise.
 """
+import atexit
 import csv
 import ctypes
 import errno
@@ -2331,6 +2332,17 @@ def end_worker(error, _):
     """Called in a worker's sending thread after an error; the parent notices a worker that ends."""
     print(f"a loader's worker cannot send a batch ({error}) and ends", file=sys.stderr)
     os._exit(1)
+
+
+@atexit.register
+def end_workers():
+    """Kills the loaders' workers that are left when this process ends, as after a traceback.
+
+    multiprocessing would end them by SIGTERM, which they ignore, and wait for them for ever.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class Loader(DataLoader):

@@ -137,6 +137,20 @@ class Summary(NamedTuple):
     scores: torch.Tensor  # (B,T,P) attention of the class token to each patch, mean over heads
 
 
+def class_logits(q, keys):
+    """q keys^T of the class tokens: q (n,H,1,d), keys (n,H,columns,d) -> (n,H,1,columns).
+
+    Plainly `q @ keys.transpose(-1, -2)`, for which PyTorch copies all keys, since the heads of a
+    token lie side by side in memory. Here they stay so: each head's query is as wide as all heads
+    together and 0 outside its own. tests/test_tc.py, test_class_logits proves it equal. [ours]
+    """
+    H = q.shape[1]
+    own = torch.eye(H, dtype=q.dtype, device=q.device)[:, :, None]  # (H,H,1)
+    wide = (q * own).flatten(2)  # (n,H,H*d)
+    side_by_side = keys.transpose(1, 2).flatten(2)  # (n,columns,H*d), a view
+    return (wide @ side_by_side.transpose(1, 2))[:, :, None]
+
+
 @torch.no_grad()
 def seed_scores(q, seen, patches):
     """Attention of each frame's class token to its patches: q (B*T,H,1,d) -> (B*T,P).
@@ -148,7 +162,7 @@ def seed_scores(q, seen, patches):
     """
     with full_precision(q.device):
         q, keys = at_least_float32(q), at_least_float32(seen.keys)
-        logits = (q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2)  # (B*T,H,1,N+m)
+        logits = class_logits(q * q.shape[-1] ** -0.5, keys)  # (B*T,H,1,N+m)
         if seen.bias is not None:
             logits = logits + reference_mask(seen.bias, keys.shape[-2], seen.m)
         A = logits.softmax(dim=-1)

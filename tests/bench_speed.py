@@ -3,10 +3,13 @@
     python tests/bench_speed.py --clip ViT-B/16
     python tests/bench_speed.py --train --frames 8 --batch 1 --num-classes 51 --repeats 3
     python tests/bench_speed.py --published --batch 1 --repeats 3
+    python tests/bench_speed.py --parts
 
 The weights are random unless --clip names a file. Every row is compared with frame pooling. With
 --published there is one more row: TC-CLIP as the published code computes it, the text tower once per
-video and every row of every block (tests/plain.py).
+video and every row of every block (tests/plain.py). With --parts it prints where the time of a
+forward pass of frame pooling and of TC-CLIP goes instead. As in an evaluation, forward passes
+compute the text of the classes once, in the warm-up.
 """
 
 import multiprocessing
@@ -14,15 +17,19 @@ import re
 import resource
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -30,6 +37,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import plain  # noqa: E402
 
 import data  # noqa: E402
+import temporal_context  # noqa: E402
 from clip_vit import CLIP, load_clip  # noqa: E402
 from eval import Parser, autocast, build_model, check_flags, run_command  # noqa: E402
 
@@ -103,7 +111,7 @@ def benchmark_model(variant, args, device):
     model.set_classes(names)
     if variant.published:
         model = Published(model, names)
-    return model.to(device)
+    return model.to(device).train(args.train)
 
 
 def count_multiply_adds(model, video):
@@ -112,19 +120,20 @@ def count_multiply_adds(model, video):
     The math kernel of attention, since the counter does not see into the fused one.
     """
     counts = []
+    was_training = model.training
     model.eval()
     for _ in range(2):  # only the first forward computes what is the same for all videos
         counter = FlopCounterMode(display=False)
         with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             model(video[:1])
         counts.append(counter.get_total_flops() / 2e9)
+    model.train(was_training)
     return counts[1], counts[0] - counts[1]
 
 
 def one_pass(model, video, args):
     """Seconds of a forward pass or, with --train, of a training step without the optimiser's part."""
     began = time.perf_counter()
-    model.train(args.train)
     with torch.set_grad_enabled(args.train), autocast(video.device, args.precision):
         logits, aux = model(video)
     if args.train:
@@ -194,9 +203,77 @@ def time_all(models, video, args):
     return {name: np.array(taken[1:]) for name, taken in seconds.items()}
 
 
+class Stopwatch(TorchFunctionMode):
+    """Adds up the seconds of each of PyTorch's functions, and of the parts that only TC-CLIP has."""
+
+    PARTS = {"merge_to": "merging", "seed_scores": "scores of the seeds", "take_rows": "taking rows"}
+    NAMES = {"linear": "matrix products", "scaled_dot_product_attention": "attention",
+             "cat": "joining keys and values", "layer_norm": "layer norm", "mul": "activation",
+             "silu": "activation", "div_": "activation"}
+
+    def __init__(self):
+        super().__init__()
+        self.seconds, self.in_part = Counter(), False
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        began = time.perf_counter()
+        result = function(*arguments, **keywords or {})
+        if not self.in_part:
+            name = self.NAMES.get(getattr(function, "__name__", ""), "all else")
+            self.seconds[name] += time.perf_counter() - began
+        return result
+
+    def timed(self, name, function):
+        """The function, which now counts as a part."""
+        def part(*arguments, **keywords):
+            began, self.in_part = time.perf_counter(), True
+            result = function(*arguments, **keywords)
+            self.seconds[name] += time.perf_counter() - began
+            self.in_part = False
+            return result
+        return part
+
+    def measure(self, model, video, args):
+        """{part: seconds} of one pass."""
+        self.seconds.clear()
+        with ExitStack() as stack:
+            for function, name in self.PARTS.items():
+                timed = self.timed(name, getattr(temporal_context, function))
+                stack.enter_context(patch.object(temporal_context, function, timed))
+            stack.enter_context(self)
+            one_pass(model, video, args)
+        return dict(self.seconds)
+
+
+def print_parts(args, device):
+    """Prints where the time of forward passes goes: medians of each part, in ms."""
+    models = {name: benchmark_model(name, args, device) for name in ("frame pooling", "TC-CLIP")}
+    video = random_video(models["frame pooling"], args, device)
+    parts = {name: [] for name in models}
+    for _ in tqdm(range(args.repeats + 1), desc="forward passes"):
+        for name, model in models.items():
+            parts[name].append(Stopwatch().measure(model, video, args))
+    medians = {}  # {part: [ms of frame pooling, ms of TC-CLIP]}
+    for part in sorted({part for taken in parts.values() for part in taken[1]}):
+        medians[part] = [1e3 * np.median([taken.get(part, 0) for taken in parts[name][1:]])
+                         for name in models]
+    total = np.sum(list(medians.values()), axis=0)
+    print(f"{args.clip}, forward, {args.frames} frames, batch {args.batch}, {args.precision}, CPU, "
+          f"{torch.get_num_threads()} threads; ms, medians of {args.repeats}")
+    print(f"{'':26}{'frame pooling':>14}{'TC-CLIP':>10}{'more':>8}{'share':>8}")
+    more = {part: after - before for part, (before, after) in medians.items()}
+    for part in sorted(medians, key=more.get, reverse=True) + ["all"]:
+        before, after = medians.get(part, total)
+        print(f"{part:26}{before:14.0f}{after:10.0f}{after - before:8.0f}"
+              f"{(after - before) / total[0]:8.1%}")
+    return 0
+
+
 def main(args):
     """Prints parameters, multiply-adds, time and memory of each variant, against frame pooling."""
     device = data.start_processes(args.device)
+    if args.parts:
+        return print_parts(args, device)
     names = [name for name, variant in VARIANTS.items() if args.published or not variant.published]
     models = {name: benchmark_model(name, args, device) for name in names}
     video = random_video(models["frame pooling"], args, device)
@@ -232,6 +309,8 @@ def parse_args(arguments=None):
     flag("--train", action="store_true", help="time training steps; default: forward passes")
     flag("--published", action="store_true",
          help="also TC-CLIP as the published code computes it; default: not")
+    flag("--parts", action="store_true",
+         help="where the time of a forward pass goes, on a CPU; default: not")
     flag("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
          help="default %(default)s")
     flag("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
@@ -240,6 +319,10 @@ def parse_args(arguments=None):
         if not 1 <= getattr(args, name) <= 10**6:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between 1 and "
                          "1000000")
+    if args.parts and (args.train or args.published or args.device == "cuda"):
+        parser.error("--parts times forward passes on a CPU: leave out --train, --published and "
+                     "--device cuda")
+    args.device = "cpu" if args.parts else args.device
     return args
 
 

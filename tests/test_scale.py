@@ -334,6 +334,20 @@ def test_loader_workers_end_with_a_parent_that_is_killed():
         time.sleep(0.05)
 
 
+@pytest.mark.slow
+def test_an_error_ends_a_process_that_has_workers():
+    """Python keeps the frames of a traceback, and with them the loader, until the process is gone."""
+    words = ("import data, test_scale\n"
+             "def step():\n"
+             "    batches = iter(data.load_batches(test_scale.Probe(), 2, batch_size=1))\n"
+             "    next(batches)\n"
+             "    raise RuntimeError('a kernel failed')\n"
+             "step()")
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert done.returncode == 1 and "a kernel failed" in done.stderr
+
+
 def videos_of(world):
     """A test's and a training's loader's data sets of the same small folder."""
     video_list, recipe = data.class_folders(world / "base"), train.resolve_recipe("fewshot", "tc", "shapes")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_vit import FramePool, PoolConfig, load_clip
-from temporal_context import CHOICES, Seen, biased_attention, reference_kv, seed_scores
+from temporal_context import CHOICES, Seen, biased_attention, class_logits, reference_kv, seed_scores
 from video_prompt import TCCLIP, TCConfig, load_released, released_config
 
 NAMES = ["red to blue", "green_to_cyan", "OneTwo", "x"]
@@ -81,6 +81,17 @@ def test_biased_attention_and_its_gradients(n, H, local, m, seed):
     for a, b in zip(torch.autograd.grad((fast * weight).sum(), (q, k, v, bias)),
                     torch.autograd.grad((formula * weight).sum(), (q, k, v, bias))):
         torch.testing.assert_close(a, b)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_class_logits(n, H, columns, seed):
+    """Keys as the tower has them, heads side by side, and keys of another layout."""
+    torch.manual_seed(seed)
+    q, kv = torch.randn(n, H, 1, 8, dtype=torch.float64), torch.randn(n, columns, 2 * H * 8, dtype=torch.float64)
+    keys = kv[..., :H * 8].unflatten(-1, (H, 8)).transpose(1, 2)
+    for layout in (keys, keys.contiguous()):
+        torch.testing.assert_close(class_logits(q, layout), q @ keys.transpose(-1, -2))
 
 
 @pytest.mark.parametrize("kind", ["class", "neighbour", "all", "context"])
@@ -246,7 +257,9 @@ def test_scores_of_seeds_are_fp32_under_autocast(dtype):
     A = ((q.float() / 8) @ keys.float().transpose(2, 3) + columns).softmax(dim=-1)
     with torch.autocast("cpu", dtype=dtype):
         scores = seed_scores(q, Seen(keys, keys, 4, bias), patches=16)
-    assert scores.dtype == torch.float32 and torch.equal(scores, A[:, :, 0, 1:17].mean(dim=1))
+    in_fp32 = seed_scores(q.float(), Seen(keys.float(), keys.float(), 4, bias), patches=16)
+    assert scores.dtype == torch.float32 and torch.equal(scores, in_fp32)
+    torch.testing.assert_close(scores, A[:, :, 0, 1:17].mean(dim=1), rtol=1e-6, atol=1e-7)
 
 
 def test_groups_are_those_of_fp32_under_autocast():
