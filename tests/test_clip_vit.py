@@ -160,6 +160,7 @@ def test_the_text_is_kept_only_while_no_weight_can_change():
         assert not torch.equal(model(video)[0], after)
 
 
+@pytest.mark.slow
 def test_export_with_any_batch():
     """The text becomes a constant of the graph; the batch stays free."""
     model, video = FramePool(tiny_clip(), PoolConfig("a pic")).eval(), torch.randn(5, 3, 3, 32, 32)
@@ -356,7 +357,8 @@ def test_methods_with_text_say_that_there_is_none():
 # ---- the released code's figures ---------------------------------------------------------------------------------------
 
 @torch.no_grad()
-@pytest.mark.parametrize("fixture, arch", [("a_openai_tiny", "tiny"), ("a_openai_b16", "ViT-B/16")])
+@pytest.mark.parametrize("fixture, arch", [
+    ("a_openai_tiny", "tiny"), pytest.param("a_openai_b16", "ViT-B/16", marks=pytest.mark.slow)])
 def test_released_figures(fixture, arch):
     figures = np.load(FIGURES / f"{fixture}.npz")
     clip = load_clip(weights.openai_state_dict(arch), MERGES)

@@ -415,6 +415,7 @@ def test_learns_order(kind):
         assert (model.eval()(x)[0].argmax(dim=1) == label).float().mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, more", [(kind, []) for kind in KINDS] + [
     ("TimeSformer", ["optimizer=sgd", "schedule=steps", "clip_grad=0"])])
 def test_one_command(kind, more, world, tmp_path):

@@ -118,6 +118,7 @@ def published(root, dataset):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset, classes, tests", [("hmdb51", 51, (1530,) * 3), ("ucf101", 101, (3783, 3734, 3696))])
 def test_the_published_lists(tmp_path, dataset, classes, tests):
     root = published(tmp_path, dataset)
@@ -200,6 +201,7 @@ def published_list(dataset, name):
     return {Path(line.rpartition(" ")[0]).stem: names[int(line.rpartition(" ")[2])] for line in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset, trained, sizes", [("hmdb51", 3570, (1530,) * 3),
                                                      ("ucf101", 9537, (3783, 3734, 3696))])
 def test_the_owners_lists_agree_with_the_published(owners, dataset, trained, sizes):
@@ -262,6 +264,7 @@ ARCHIVES = [("hmdb51", dict(folder=".")), ("hmdb51", dict(folder="lists/testTrai
             ("ssv2", {}), ("ssv2", dict(prefix=""))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset, layout, deeper", [(*archive, False) for archive in ARCHIVES]
                          + [(name, {}, True) for name in ("hmdb51", "ucf101", "k400", "k600", "ssv2")])
 def test_archives_as_their_owners_distribute_them(tmp_path, dataset, layout, deeper):
@@ -373,6 +376,7 @@ def test_the_published_head_of_a_k600_list(tmp_path):
     assert all(Path(path).parent.name == names[label] for path, label in zip(videos.paths, videos.labels))
 
 
+@pytest.mark.slow
 def test_something_something_classes_are_the_published(tmp_path):
     if not LISTS.is_dir():
         pytest.skip("the published lists (../shared/lists) are not here")
@@ -786,6 +790,7 @@ def empty_videos(root, folder):
             (root / "videos" / Path(line.rpartition(" ")[0]).name).touch()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset, short", [("hmdb51", "hmdb"), ("ucf101", "ucf")])
 def test_the_official_folders_laid_into_a_data_folder(tmp_path, dataset, short):
     root = official(tmp_path)
@@ -846,6 +851,7 @@ def owner_by_name(videos):
     return found
 
 
+@pytest.mark.slow
 def test_ssv2_as_published(tmp_path):
     root = official(tmp_path)
     touch(root, *(f"v/{line.split()[0]}" for path in root.glob("datasets_splits/**/ssv2_splits/*.txt")

@@ -277,6 +277,7 @@ def test_a_folder_that_cannot_be_written_to(world, tmp_path, capsys):
     assert str(tmp_path / "run") in refused(world, tmp_path / "run", capsys)
 
 
+@pytest.mark.slow
 def test_damaged_files_are_named_and_left_alone(world, tmp_path, capsys):
     whole = tmp_path / "whole"
     run(world, whole, "epochs=1")
@@ -547,6 +548,7 @@ class Counted(nn.Module):
         return self.model(video)
 
 
+@pytest.mark.slow
 def test_512_videos_in_parts_of_8(world, tmp_path, monkeypatch):
     clip = str(world / "clip.pt")
     recipe = train.resolve_recipe("fewshot", "vifi", "shapes", ["batch=512", "micro_batch=8", "precision=fp32"], clip=clip)

@@ -268,6 +268,7 @@ def test_a_broken_write_leaves_the_last_good_state(tmp_path):
     assert read_checkpoint(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
+@pytest.mark.slow
 def test_a_start_that_failed_leaves_the_folder_free(world, tmp_path):
     with pytest.raises(ValueError, match="no such|neither a file"):
         train.main(train.parse_args(arguments(world, tmp_path / "run", "epochs=1") + ["clip=nowhere.pt"]))
@@ -284,6 +285,7 @@ def test_ones_own_folder_is_not_taken_for_the_miniature(tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["train"]
 
 
+@pytest.mark.slow
 def test_other_runs_are_not_touched(world, tmp_path):
     run(world, tmp_path / "a", "epochs=1")
     before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
@@ -458,6 +460,7 @@ def spoiled(world, root, count):
     return root
 
 
+@pytest.mark.slow
 def test_bad_training_videos_are_replaced_and_named(world, tmp_path):
     root = spoiled(world, tmp_path / "data", 2)
     result = run(root, tmp_path / "run", "epochs=1")
@@ -472,6 +475,7 @@ def test_nothing_but_bad_videos_stops_the_run_with_the_list(world, tmp_path):
         run(root, tmp_path / "run", "epochs=1", "workers=1")
 
 
+@pytest.mark.slow
 def test_too_many_bad_videos_stop_the_run(world, tmp_path):
     root = spoiled(world, tmp_path / "data", 8)
     with pytest.raises(ValueError, match="8 of 80 videos cannot be read.*000.mp4"):
