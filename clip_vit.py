@@ -281,8 +281,8 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
 
     def forward(self, x):
-        # x sigmoid(1.702 x) = silu(1.702 x) / 1.702. A third faster and stores half as much for
-        # backward; without gradients it runs in place, twice as fast again.
+        # x sigmoid(1.702 x) = silu(1.702 x) / 1.702, which is faster and stores half as much for
+        # backward; without gradients it runs in place
         return F.silu(1.702 * x, inplace=not torch.is_grad_enabled()).div_(1.702)
 
 
@@ -348,7 +348,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + Attn(LN_1 x, LN_1 [x; extra]), then x + MLP(LN_2 x).
+    """Pre-norm transformer block: x + Attn(LN_1 x, LN_1 x), then x + MLP(LN_2 x).
 
     The MLP is 4 D wide unless `mlp_width` says otherwise; `activation` is quick_gelu or gelu.
     """
@@ -369,8 +369,9 @@ class Block(nn.Module):
     def forward(self, x, causal=False, rows=slice(None), extra=None):
         """x (..., n, D) -> the given rows of the block's output; no other rows are computed.
 
-        `extra` (..., m, D) are further keys and values. A causal block needs rows from 0 and no
-        extra: its mask counts queries and keys from the same position.
+        `extra` (..., m, D) are tokens that are only looked at: LN_1 [x; extra] gives the keys and
+        values (ILA's aligned features). A causal block needs rows from 0 and no extra, since its
+        mask takes the first query and the first key for the same token.
         """
         assert not causal or (rows.start in (None, 0) and rows.step is None and extra is None)
         return self.checkpointed(self.compute, x, causal, rows, extra)
@@ -543,10 +544,10 @@ def full_precision(device):
 
 
 def cosine_logits(video, text, logit_scale):
-    """exp(s) cos(video, text): video (B,E), text (C,E) or (B,C,E) -> logits (B,C).
+    """exp(logit_scale) cos(video, text): video (B,E), text (C,E) or (B,C,E) -> logits (B,C).
 
-    [ours] Under autocast it is computed in float32: 16 bits would round logits of 16 to 32 to steps
-    of 1/8, and classes would tie.
+    [ours] Under autocast it is computed in float32: bf16 would round logits between 16 and 32 to
+    steps of 1/8, and classes would tie.
     """
     if not video.is_meta and torch.is_autocast_enabled(video.device.type):
         with full_precision(video.device):
@@ -650,9 +651,10 @@ class TextOnce:
 
         backward([loss, text], [1, sum of the leaves' gradients])
 
-    This may be skipped at first reading; tests/test_text_once.py proves the gradients equal. It is
-    one call because DDP takes a weight's first gradient for the whole, and the last text block's
-    weights are used on both sides. The text's graph is kept from the first micro-batch to the last.
+    This may be skipped at first reading; tests/test_text_once.py compares the gradients. It is one
+    call because TC-CLIP uses its last text block twice, for the classes and for each video: two
+    calls would give its weights two gradients, and DDP would send only the first. The text's graph
+    is kept from the first micro-batch to the last.
     """
 
     def __init__(self):

@@ -1484,15 +1484,17 @@ def listed_by_name(rows, classes, root):
 
 # ---- annotations: data sets ----------------------------------------------------------------------
 
-# To add a data set, write a function that reads its owner's files, and a row of KNOWN; flags and
-# messages follow from the table. The function gets the Files and returns a Listing, or None if the
-# owner's files are not there; they may lie in any folder.
+# To add a data set, write a function that reads its owner's files, and a DataSet in KNOWN, below,
+# where each field is explained; flags and messages follow from the table. The function gets the
+# Files and returns a Listing, or None if the owner's files are not there; they may lie in any
+# folder.
 #     Listing(classes, {"train": Listed(...), "val": Listed(...)}): any other name than "train" is a
-#     test set. Of test sets called split1, split2, ... training tests the first only.
+#     test set. Of several splits put split1 first: few-shot training tests on the first one.
 #     A video's name is that of the owner's list. It is found by its stem wherever it lies below the
 #     root, so stems must be unique in the data set.
-# Optional: a recipe of its own (train.DATASET_RECIPES), the paper's numbers (eval.PAPERS), and an
-# imitation of its archive for the tests (tests/archives.py, ARCHIVES in tests/test_lists.py).
+# Optional: a recipe of its own (train.DATASET_RECIPES), its zero-shot test after training
+# (train.TRANSFER), the paper's numbers (eval.PAPERS), and an imitation of its archive for the tests
+# (tests/archives.py, ARCHIVES in tests/test_lists.py).
 
 def read_hmdb51(files):
     """<action>_test_split{1,2,3}.txt with lines `<video>.avi <use>`, for each action.
@@ -1906,8 +1908,9 @@ def base_and_novel(files, listing, classes, base="", train=None):
     """The labels of the base and of the novel classes.
 
     base: a file of the base classes' names. Else the published label files of the halves are used.
-    Else classes are ranked by their training videos, those that are missing from disk included
-    [released]: the rarer half is novel, ties in label order. ValueError if nothing tells.
+    Else classes are sorted by how many training videos they have, those that are missing from disk
+    included, and equal ones by label; the first half, which is the rarer, is novel [released].
+    Raises ValueError if nothing tells.
     """
     prefix = files.known.prefix if files.known else "folder"
     names = [files.text(f"{prefix}_{half}_labels.csv") for half in ("base", "novel")]
@@ -2001,8 +2004,8 @@ def check_lists(protocol, files, train_list, test_list):
 
 
 def keys_of(videos):
-    """What tells each video from all others, wherever its folder is moved: the last two parts of
-    its path, and its size in bytes."""
+    """By what a video is known again, wherever its folder is moved: the last two parts of its path,
+    and its size in bytes. Two videos of the same class, name and size count as copies."""
     keys = []
     for path in videos.paths:
         size = os.path.getsize(path) if os.path.isfile(path) else 0

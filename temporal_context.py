@@ -3,10 +3,12 @@
 CLIP encodes every frame by itself. Here each block also summarises the whole video in k context
 tokens, and all frames look at them in the next block. One block (`ContextTower.run_block`):
 
-    attention   each frame's tokens look at the frame and at the context, which is then dropped
-    seeds       of each frame, the S patches to which its class token attends most
-    summary     the seeds of all frames, merged to k tokens: the next context
-    MLP         the block's own, on the tokens and on the context
+    attention   each frame's tokens look at the frame and at the last block's context, which is then
+                dropped
+    seeds       the S patches of each frame to which its class token attends most, as they are after
+                this attention
+    summary     the seeds of all frames, merged to k tokens
+    MLP         the block's own, on the tokens and on the k tokens: these are the new context
 
 Sections: what frames look at; attention; seeds and summary; the tower.
 
@@ -33,6 +35,10 @@ CHOICES = {  # the tower's settings that are names, and what each may be
 
 # ---- what frames look at ------------------------------------------------------------------------
 
+# The paper's local-global bias: each head adds b_local to the attention logits of a frame's own
+# tokens, and b_global to those of the references. A softmax stays as it is if b_local is subtracted
+# from all logits. So only b_global - b_local, added to the references' logits, is computed.
+
 class Seen(NamedTuple):
     """What each frame's tokens look at in one block: the frame's own tokens, then references."""
 
@@ -57,8 +63,8 @@ def neighbours(kv):
 def reference_kv(kind, kv, context_kv):
     """Keys and values of each frame's references [paper, Table 1]: (B,T,m,2D).
 
-    kv (B,T,N,2D) are those of the frames, context_kv (B,k,2D) those of the context. What all frames
-    share is not copied. Raises ValueError if the kind is unknown.
+    kv (B,T,N,2D) are those of the frames, context_kv (B,k,2D) those of the context. References that
+    all frames share are a view. Raises ValueError if the kind is unknown.
     """
     if kind == "neighbour":
         return neighbours(kv)
@@ -93,10 +99,11 @@ def biased_attention(q, keys, values, bias, m):
 
 
 def with_bias_gradient(q, keys, values, bias, m):
-    """The same attention, and it gives the bias its gradient: fused kernels give a mask none.
+    """The same attention, which gives the bias its gradient too.
 
-    This trick may be skipped at first reading; that values and gradients equal those of the formula
-    above is proved by tests/test_tc.py, test_biased_attention_and_its_gradients. [ours, exact]
+    The CPU's fused kernel gives a mask no gradient, and a GPU's would build it for every row. This
+    trick may be skipped at first reading; tests/test_tc.py, test_biased_attention_and_its_gradients
+    compares values and gradients with the formula above. [ours, exact]
     One more channel in queries and keys adds the bias to the products of the references:
 
         q' = [q, sqrt(d) bias],  key' = [key, 1 if it is a reference's, else 0]
@@ -140,9 +147,10 @@ class Summary(NamedTuple):
 def class_logits(q, keys):
     """q keys^T of the class tokens: q (n,H,1,d), keys (n,H,columns,d) -> (n,H,1,columns).
 
-    Plainly `q @ keys.transpose(-1, -2)`, for which PyTorch copies all keys, since the heads of a
-    token lie side by side in memory. Here they stay so: each head's query is as wide as all heads
-    together and 0 outside its own. tests/test_tc.py, test_class_logits proves it equal. [ours]
+    Plainly q @ keys.transpose(-1, -2). For that PyTorch copies all keys, since the heads of a token
+    lie side by side in memory. Here each head's query is padded with zeros to the width of all
+    heads, so that one product with the keys as they lie serves all: H times the multiply-adds of
+    one row, and no copy. tests/test_tc.py, test_class_logits compares the two. [ours, exact]
     """
     H = q.shape[1]
     own = torch.eye(H, dtype=q.dtype, device=q.device)[:, :, None]  # (H,H,1)
@@ -275,7 +283,7 @@ class ContextTower(nn.Module):
         """run_block, computed only at the rows that are used later: class tokens and seeds.
 
         It may be skipped at first reading; tests/test_tc.py, test_fast_form_equals_the_plain_form
-        proves it equal. [ours, exact]
+        compares it with tests/plain.py. [ours, exact]
         """
         y = block.ln_1(tokens)  # (B,T,N,D)
         seen = self.look(block, i, y, context)
@@ -298,7 +306,7 @@ class ContextTower(nn.Module):
             reference = reference_kv(self.config.reference, kv, context_kv)  # (B,T,m,2D)
             m = reference.shape[2]
             kv = torch.cat([kv, reference], dim=2)  # (B,T,N+m,2D)
-            if self.config.local_global_bias:  # b_local on all columns would change no softmax
+            if self.config.local_global_bias:
                 b_local, b_global = self.local_global_bias[str(i)].unbind(dim=1)
                 bias = b_global - b_local  # (H,)
         keys, values = kv.flatten(0, 1).chunk(2, dim=-1)  # (B*T,N+m,D)

@@ -6,7 +6,8 @@ Sections: groups of tokens; bipartite soft matching; its rivals in the TC-CLIP p
 
 A strategy only decides which tokens belong together: it gives every token the number of its group.
 `merge_to` then takes the mean of each group. There are no weights here, no loops over videos or
-tokens, and no GPU-CPU synchronisation; all functions but `fast_bipartite` are pure.
+tokens, and no GPU-CPU synchronisation. All functions are pure, but for the two that record a CUDA
+graph and replay it.
 
 Letters: B videos, n tokens, k groups, r pairs merged in one round, D width.
 """
@@ -78,7 +79,8 @@ def match(x, r):
     """One round: the new place of each token x (B,n,D) among the n - r that are left, (B,n) int64.
 
     a = tokens at even positions, b = tokens at odd positions. Each a picks the b to which its
-    cosine is highest, and the r best pairs become one token each. [paper, ToMe]
+    cosine is highest. The r a's with the highest cosines join their b; a b and all that join it
+    become one token. [paper, ToMe]
     New order: the unmerged a by decreasing cosine, then all b in their old order. [released]
     """
     B, n, _ = x.shape
@@ -120,10 +122,11 @@ def record_bipartite(shape, dtype, device, k, step):
 
 
 def fast_bipartite(tokens, k, step):
-    """`bipartite`, replayed on a GPU from a record: the same groups, up to five times as fast.
+    """`bipartite`, replayed on a GPU from a record.
 
-    This trick may be skipped at first reading; tests/bench_gpu.py compares the two on a GPU. A
-    round has some 20 small kernels, which take the CPU longer to start than the GPU to run.
+    This trick may be skipped at first reading; tests/bench_gpu.py checks on a GPU that the groups
+    are the same. A round has some 20 small kernels, which take the CPU longer to start than the GPU
+    to run.
     """
     if not tokens.is_cuda or torch.compiler.is_compiling():
         return bipartite(tokens, k, step)
@@ -185,7 +188,7 @@ def kmeans(tokens, k, step, iterations=5):
 def dpc_knn(tokens, k, step, neighbours=5):
     """Density peaks (Rodriguez and Laio 2014; Du et al. 2016): (B,n,D) -> (B,n) int64.
 
-    density_i = exp(-mean squared distance to i's nearest neighbours)
+    density_i = exp(-mean of |x_i - x_j|^2 / D over i itself and its nearest neighbours j)
     separation_i = distance to the nearest denser token; for the densest, the largest distance
     The k largest products density * separation are the centres. Every token joins its nearest one.
     """
@@ -207,13 +210,13 @@ def dpc_knn(tokens, k, step, neighbours=5):
 # ---- merging -------------------------------------------------------------------------------------
 
 # A new strategy is added here and nowhere else: tokens (B,n,D), k < n, step -> groups (B,n) int64.
-# [paper] few-shot averages against no context: -3.3 (none), -2.3, +0.1, +0.9, +1.0
+# Beside each, its few-shot average in the paper, in points above a model without any context.
 MERGES = {
-    "none": None,  # the tokens are used as they are
-    "random": random,
-    "kmeans": kmeans,
-    "dpc-knn": dpc_knn,
-    "bipartite": fast_bipartite,
+    "none": None,  # -3.3: the seeds are the context, unmerged
+    "random": random,  # -2.3
+    "kmeans": kmeans,  # +0.1
+    "dpc-knn": dpc_knn,  # +0.9
+    "bipartite": fast_bipartite,  # +1.0
 }
 
 

@@ -5,17 +5,19 @@ the paper the last) the vectors take up the context tokens of the video (PromptL
 runs as usual, and the text feature is read at the end token.
 
 Plainly, the text tower runs once for every video and class; tests/plain.py does so. But the tower
-is causal and the vectors stand before the name. So if j is the last block, this is enough [ours]:
+is causal and the vectors stand before the name, so they never see the class. And in the last block
+only the end token's row is used, which looks at start, vectors and name, of which only the vectors
+depend on the video. So if j is the last block, this is enough [ours, exact]:
 
-    what comes before block j depends on no video      once per class set (`class_side`)
-    the vectors that enter block j depend on no class  prompted once per video, (B,M,W)
-    only the end rows of block j's output are used     one query per class; only its attention to
-                                                       the M vectors, W_o and the MLP see the video
+    once per class set   all blocks before j; in j the end token's query, and the start and name as
+                         keys and values (`class_side`)
+    once per video       prompting the M vectors, which are the same for all classes
+    per video and class  in j one query's attention to the M vectors, W_o and the MLP (`last_block`)
 
 Sections: prompting; configuration; the model; released checkpoints.
 
-Letters as in clip_vit.py and temporal_context.py, and: M prompt vectors, W text width. W = E, since
-the context tokens come from the joint space.
+Letters as in clip_vit.py and temporal_context.py, and: M prompt vectors, W text width. Prompting by
+the video needs W = E: the vectors look at context tokens that are projected to E.
 """
 
 import copy
@@ -76,8 +78,11 @@ def end_rows(x, tokens):
 def as_one_key(q, k, v, hidden):
     """Many keys as one: q (C,H,1,d), k and v (C,H,n,d) -> its logit (C,H) and its value (C,H,d).
 
-    logit = log-sum-exp(q k / sqrt(d)) and value = softmax(q k / sqrt(d)) v: beside any other keys,
-    a softmax gives the one key the weight of all n. Keys that are `hidden` (C,n) do not count.
+        logit = log-sum-exp(q k / sqrt(d)),  value = softmax(q k / sqrt(d)) v
+
+    Attention to the n keys and any others equals attention to this one key and the others: its
+    weight is the sum of the n weights, and its value their weighted mean. Keys that are `hidden`
+    (C,n) do not count.
     """
     logits = q @ k.transpose(-1, -2) / k.shape[-1] ** 0.5  # (C,H,1,n)
     logits = logits.masked_fill(hidden[:, None, None], -torch.inf)
@@ -92,7 +97,7 @@ class TCConfig:
     """What TC-CLIP is made of; the defaults are the paper's. Raises ValueError on a wrong value."""
 
     frames: int = knob(16, "T, needed by joint positions")
-    context_tokens: int = knob(96, "k: all that the frames hand on to the next block")
+    context_tokens: int = knob(96, "k: they sum up the video for the next block")
     seed_ratio: float = knob(0.3, "alpha: the share of a frame's patches that become seeds")
     merge_step: int = knob(100, "r: pairs merged by one bipartite round")
     positions: str = knob("space", "space: the same for all frames; joint: one per frame and token")
@@ -101,12 +106,13 @@ class TCConfig:
     merge: str = knob("bipartite", ", ".join(CHOICES["merge"]))
     reference: str = knob("context", f"what frames look at: {', '.join(CHOICES['reference'])}")
     reference_blocks: tuple | None = knob(
-        None, "which vision blocks look at it; None: all but the first")
+        None, "vision blocks that look at references; None: all but the first")
     prompt: str = knob("a photo of a", "the M vectors begin as these words' embeddings")
     prompting: str = knob(
         "video", "video: prompted by the video; learned: only the vectors; none: the fixed words")
     prompt_blocks: tuple = knob((-1,), "text blocks before which the vectors are prompted")
-    context_blocks: tuple = knob((-1,), "the vision blocks whose context each of them gets")
+    context_blocks: tuple = knob(
+        (-1,), "for each of prompt_blocks the vision block whose context it gets")
     stop_gradient: bool = knob(True, "no gradient from the text into the vision tower")
 
     def __post_init__(self):
@@ -305,7 +311,7 @@ class TCCLIP(nn.Module):
         return x
 
     # ---- text in fast form [ours, exact]: may be skipped at first reading; tests/test_tc.py,
-    # test_fast_form_equals_the_plain_form proves that it equals prompted_blocks
+    # test_fast_form_equals_the_plain_form compares it with the plain form, tests/plain.py
 
     def class_side(self, tokens):
         """What no video changes in the last block, at the end rows: tokens (C,L) -> ClassSide."""
@@ -427,7 +433,8 @@ def released_config(state_dict, **given):
 
     They tell the positions, with the number of frames if these are joint; the text length, if
     prompt_learner.token_suffix is there; the blocks with a bias; the prompt levels. Settings that
-    are `given` count first. Raises ValueError if the levels stay open or the positions fit nothing.
+    are `given` count first. Raises ValueError if the tensors do not tell which text blocks are
+    prompted, or if the positions fit nothing.
     """
     shapes = {key: tuple(value.shape) for key, value in state_dict_in(state_dict).items()}
     found = {}

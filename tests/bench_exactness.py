@@ -27,12 +27,15 @@ def largest(differences):
 
 
 def report(title, ours, figures, gradients=None):
-    """A line: the largest absolute difference of logits, the largest relative one of gradients' norms."""
+    """A line: the largest difference of logits; of gradients' norms and sums, relative to the norm and what it allows."""
     logits = largest([ours.detach() - torch.from_numpy(figures["logits"])])
     line = f"{title:56} logits {logits:.0e}"
     if gradients is not None:
-        apart = [(gradients(str(name)).norm() - norm) / norm
-                 for name, norm in zip(figures["grad_names"], figures["grad_norms"]) if norm > 1e-10]
+        apart = []
+        for name, norm, total in zip(*(figures[f"grad_{key}"] for key in ("names", "norms", "sums"))):
+            gradient = gradients(str(name))
+            if norm > 1e-10:
+                apart.append([(gradient.norm() - norm) / norm, (gradient.sum() - total) / norm / gradient.numel() ** 0.5])
         line += f"   gradients {largest(apart):.0e} ({len(apart)} tensors)"
     print(line, flush=True)
 

@@ -58,6 +58,17 @@ def test_the_published_form_stands_beside_ours(tmp_path, capsys, monkeypatch):
     assert costs["TC-CLIP", "300"] < costs["TC-CLIP", "3"] + 0.2
 
 
+def test_the_parts_of_a_forward_pass(tmp_path, capsys):
+    torch.save(tiny_clip(vision_layers=5).state_dict(), tmp_path / "clip.pt")
+    words = ("--clip", tmp_path / "clip.pt", "--frames", "2", "--batch", "1", "--num-classes", "3", "--repeats", "1")
+    assert bench(*words, "--parts") == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:26].strip(): line[26:].split() for line in lines[2:]}
+    assert set(bench_speed.Stopwatch.PARTS.values()) | set(bench_speed.Stopwatch.NAMES.values()) <= rows.keys()
+    assert rows["merging"][0] == rows["scores of the seeds"][0] == "0" and list(rows)[-1] == "all"
+    assert bench(*words, "--parts", "--train") == 2 and "leave out --train" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(world):
     args = bench_speed.parse_args(["--clip", str(world / "clip.pt"), "--frames", "2", "--num-classes", "3"])
