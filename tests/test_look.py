@@ -166,6 +166,7 @@ def test_a_window_of_many_frames_is_thinned(tmp_path, monkeypatch):
     assert all(any(torch.equal(frame, other) for other in others) for frame, others in zip(clip, close))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not VIDEOS.is_dir(), reason="the videos (../shared/videos) are not here")
 @pytest.mark.parametrize("path", sorted(p for p in VIDEOS.glob("*/*.*") if p.suffix != ".csv"), ids=lambda p: p.name)
 def test_real_and_odd_files(path):

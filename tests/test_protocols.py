@@ -15,6 +15,7 @@ import eval as evaluation
 import train
 from clip_vit import read_checkpoint
 
+pytestmark = pytest.mark.slow
 TOY = ["epochs=1", "batch=4", "micro_batch=4", "frames=4", "short_side=32", "workers=0", "lr=1e-3", "shots=2"]
 TC = ["prompt=a pic", "context_tokens=4", "text_length=77"]
 
@@ -49,7 +50,6 @@ def kinetics(root, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_zeroshot_trains_on_kinetics_and_tests_on_the_others(root, kinetics, tmp_path, capsys):
     result = json.loads((kinetics / "results.json").read_text())
     assert result["train_videos"] == 3 + 4 + 5 + 6 and result["tests"]["val"]["videos"] == 4
@@ -105,7 +105,6 @@ def test_base_to_novel_is_the_mean_of_three_seeds(root, tmp_path, capsys):
     assert set(read_checkpoint(tmp_path / "run" / "tc-shots=2-seed=1" / "best.pt")["classes"]) == frequent
 
 
-@pytest.mark.slow
 def test_supervised(root, tmp_path, capsys):
     result = run(root, tmp_path / "tc", "supervised", "k400")
     assert (result["recipe"]["clips"], result["recipe"]["crops"]) == (4, 3)
@@ -193,7 +192,6 @@ def test_a_run_of_other_videos_is_another_run(root, tmp_path, capsys):
     assert status == [0, 2] and "holds another run (its videos or classes are others: 4 videos of 2 classes" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_from_a_kinetics_checkpoint(root, kinetics, tmp_path, capsys):
     result = run(root, tmp_path / "p", "fewshot", "hmdb51", "lr=0", "lr_min=0", flags=["--checkpoint", kinetics / "best.pt"])
     old, new = (read_checkpoint(folder / "best.pt")["model"] for folder in (kinetics, tmp_path / "p"))
@@ -205,7 +203,6 @@ def test_from_a_kinetics_checkpoint(root, kinetics, tmp_path, capsys):
     assert "not weights for this run, but of tc with 4 frames" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ila", "tc", "vifi"])
 def test_a_linear_probe_trains_nothing_else(root, tmp_path, method, capsys):
     first = tmp_path / "k400"

@@ -392,6 +392,7 @@ def shared_files(folder):
     return files or [pytest.param(None, marks=pytest.mark.skip(reason=f"no videos in {VIDEOS / folder}"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", shared_files("real"), ids=lambda path: getattr(path, "name", "none"))
 def test_real_videos_equal_plain_decoding(path):
     totals, count, _ = compare_with_plain_decoding(path)
