@@ -120,7 +120,7 @@ CONTAINERS = ("mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,mxf,rm,dv,
               "m4v,mjpeg,vc1,obu,dhav,wtv,yuv4mpegpipe")
 # Codecs whose decoders run on several threads and make the same frames; those of the others (HEVC,
 # VP8) hide damage, and fill it with what lies in memory.
-SIDE_BY_SIDE = ("h264", "mpeg4", "mpeg2video", "vp9", "av1")
+SIDE_BY_SIDE = ("h264", "mpeg4", "vp9", "av1")
 MOST_REORDERED = 16  # frames, between the order of decoding and that of display
 PACKED = rb"DivX\d+(b|Build)\d+p"  # [DivX, XviD] says that packets may hold two pictures
 
@@ -177,7 +177,9 @@ def open_video(path, max_pixels=MAX_PIXELS, threads=1):
                 if not 0 < codec.width * codec.height <= max_pixels:
                     raise ValueError(f"frame size unknown or above {max_pixels} pixels")
                 codec.options, codec.thread_count = limit, 1
-                if codec.codec.canonical_name in SIDE_BY_SIDE:
+                if threads > 1 and codec.codec.canonical_name in SIDE_BY_SIDE:
+                    # a thread may mark a frame as corrupt when it is out already: end at errors
+                    codec.options = limit | {"err_detect": "explode"}
                     codec.thread_count, codec.thread_type = threads, "FRAME"
                 yield Video(container, stream, codec)
             if file.error:
@@ -270,8 +272,6 @@ def decode_all(codec, packets, positions, convert):
             if len(stamps) in wanted:
                 images[len(stamps)] = convert(frame)
             stamps.append(frame.pts)
-    if not stamps:
-        raise ValueError("no frame decodes")
     return images, stamps, damaged
 
 
@@ -603,9 +603,12 @@ def read_once(path, pick, short_side, max_pixels, threads):
         with open_video(path, max_pixels, threads) as video:
             index = choose(path, pick, total, short_side, video.codec)
             images, stamps, damaged = decode_all(video.codec, demux(video), index.flat, convert)
-        found = len(stamps)
-        if damaged and threads > 1:
-            images, threads = None, 1  # several threads make other frames of damage
+            if damaged and threads > 1:
+                images, threads = None, 1  # several threads make other frames of damage
+            elif not stamps:
+                raise ValueError("no frame decodes")
+            else:
+                found = len(stamps)
     height, width = images[index.flat[0]].shape[-2:]
     frames = torch.cat([resize(images[i], height, width) for i in index.flat])  # sizes may change
     frames = frames.view(*index.shape, 3, height, width)

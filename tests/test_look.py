@@ -130,6 +130,19 @@ def test_threads_change_no_frame_of_a_whole_video(tmp_path):
             assert torch.equal(one.frames, four.frames) and one.damaged == four.damaged
 
 
+@pytest.mark.parametrize("codec, suffix", [("libx264", "ts"), ("libx264", "avi"), ("mpeg4", "avi")])
+def test_threads_see_the_damage_of_a_last_frame(tmp_path, codec, suffix):
+    """A frame that is cut short may have left the decoder before the thread that works on it notices."""
+    path = write_video(tmp_path / f"cut.{suffix}", codec, frames=12, size=(640, 480), g="15")
+    whole = path.read_bytes()
+    for part in (3, 6, 9):
+        path.write_bytes(whole[:len(whole) * part // 10])
+        one = data.inspect_test(path, data.Views(4, 64, 73))
+        for _ in range(5):
+            two = data.inspect_test(path, data.Views(4, 64, 73), threads=2)
+            assert torch.equal(one.frames, two.frames) and one.damaged == two.damaged
+
+
 def test_damage_is_told(tmp_path, tuned, capsys):
     (tmp_path / "videos").mkdir()
     good, bad = (write_video(tmp_path / "videos" / name, frames=60, size=(128, 96)) for name in ("good.mp4", "bad.mp4"))
