@@ -194,6 +194,8 @@ def open_video(path, max_pixels=MAX_PIXELS, threads=1):
             reason = "no such file"
         elif number == errno.EINVAL:
             reason = "no video, or in a format that is not read"
+        elif isinstance(cause, (av.InvalidDataError, av.EOFError)):
+            reason = f"{reason} (it is cut short, damaged, or no video)"
         if isinstance(cause, av.FFmpegError):
             of_system = number in (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
         else:
@@ -700,10 +702,25 @@ def check_video(path):
     try:
         read_test(path, Views())
         with open_video(path) as video:
+            announced = announced_seconds(video)
             _, stamps, damaged = decode_all(video.codec, demux(video), (), None)
+            known = [stamp for stamp in stamps if stamp is not None]
+            length = float((max(known) - min(known)) * video.stream.time_base) if known else 0.0
     except VideoError as error:
         return str(error)
+    if known and length < 0.9 * announced - 1:  # seconds; the last frame's own are not in it
+        return f"{path}: its pictures end after {length:.1f} of {announced:.1f} seconds"
     return f"{path}: {damaged} of {len(stamps)} frames are damaged" if damaged else None
+
+
+def announced_seconds(video):
+    """How long a file says that its video is, in seconds; 0 if it does not say."""
+    stream = video.stream
+    if stream.frames and stream.average_rate:
+        return float(stream.frames / stream.average_rate)
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return (video.container.duration or 0) / av.time_base
 
 
 def read_clip(path, frames=16, size=224, short_side=None):
@@ -1674,7 +1691,7 @@ def open_files(dataset, root, upstream_labels=False):
         raise ValueError(f"dataset {quoted(dataset)!r} is unknown; known are {', '.join(DATASETS)}")
     known = KNOWN.get(dataset)
     if upstream_labels and not (known and known.swapped):
-        raise ValueError("upstream labels: only hmdb51's published names differ from its owner's, "
+        raise ValueError("--upstream-labels: only hmdb51's published names differ from its owner's, "
                          f"not {dataset}'s")
     if not os.path.isdir(root) or not os.listdir(root):
         what = "one folder per class, with its videos"
@@ -2007,8 +2024,8 @@ def check_lists(protocol, files, train_list, test_list):
 
 
 def keys_of(videos):
-    """By what a video is known again, wherever its folder is moved: the last two parts of its path,
-    and its size in bytes. Two videos of the same class, name and size count as copies."""
+    """Keys that tell videos wherever their folder is moved: the last two parts of the path, and the
+    size in bytes. Videos of the same class, name and size count as copies."""
     keys = []
     for path in videos.paths:
         size = os.path.getsize(path) if os.path.isfile(path) else 0
@@ -2192,7 +2209,7 @@ def start_processes(kind=None):
     """
     cuda = torch.cuda.is_available() and kind != "cpu"
     if kind == "cuda" and not cuda:
-        raise ValueError("--device cuda: PyTorch finds no GPU here")
+        raise ValueError("--device cuda: PyTorch finds no GPU here; leave it out")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if cuda and local_world > torch.cuda.device_count():

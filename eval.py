@@ -44,6 +44,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from tqdm import tqdm
 
@@ -82,6 +83,7 @@ OWN_FIELDS = (*VANILLA, "merges", "probe")  # what a recipe in a checkpoint must
 # the largest numbers in a recipe that comes from a file
 LARGEST_IN_FILE = {"frames": 1024, "clips": 100, "crops": 3, "short_side": 8192}
 MOST_SETTING = 100_000  # a number among its model's settings
+DRAWN_BY = "temporal-clip"  # stands in every picture that is drawn here
 
 
 # ---- models from files ---------------------------------------------------------------------------
@@ -648,9 +650,23 @@ def write_json(path, content):
 
 
 def write_picture(picture, path):
-    """Writes a picture as its suffix says, .png or .jpg."""
-    kind = "PNG" if Path(path).suffix.lower() == ".png" else "JPEG"
-    write_atomically(path, lambda file: picture.save(file, kind))
+    """Writes a picture as its suffix says, .png or .jpg; with DRAWN_BY in it, see is_drawn."""
+    if Path(path).suffix.lower() == ".png":
+        told = PngInfo()
+        told.add_text("Software", DRAWN_BY)
+        write_atomically(path, lambda file: picture.save(file, "PNG", pnginfo=told))
+    else:
+        write_atomically(path, lambda file: picture.save(file, "JPEG", comment=DRAWN_BY))
+
+
+def is_drawn(path):
+    """Whether a file is a picture that write_picture wrote."""
+    try:
+        with Image.open(path) as picture:
+            told = picture.info.get("Software"), picture.info.get("comment")
+    except (OSError, ValueError, SyntaxError):  # Pillow's, of what is no picture
+        return False
+    return DRAWN_BY in told or DRAWN_BY.encode() in told
 
 
 def write_predictions(path, probabilities, video_list):
@@ -994,7 +1010,7 @@ def draw_curves(history, path):
         draw_curve(draw, 70, "training loss", losses, epochs, (0, limit), COLOURS[0], ends)
     if scores:
         best, score = max(scores, key=lambda point: point[1])  # of several the first is kept
-        title = f"validation top-1 in %, best {score:.1f} in epoch {best}"
+        title = f"validation top-1 in %: {score:.1f} in epoch {best}"
         draw_curve(draw, 570, title, scores, epochs, (0, 100), COLOURS[1], ends)
     write_picture(picture, path)
 
@@ -1377,7 +1393,7 @@ def begins_as(name, path):
     with open(path, "rb") as file:
         begin = file.read(4)
     if name == "picture":
-        return not begin or os.path.splitext(path)[1].lower() in Image.registered_extensions()
+        return not begin or is_drawn(path)
     return not begin or begin.startswith({"json": (b"{", b"["), "features": b"PK"}[name])
 
 
@@ -1899,6 +1915,8 @@ def picture_paths(args, paths):
     """{video: its picture or None}; several pictures lie in the folder --picture, which is made."""
     if not args.picture or len(paths) == 1 and not is_folder(args.picture):
         return dict.fromkeys(paths, args.picture)
+    if os.path.exists(args.picture) and not os.path.isdir(args.picture):
+        raise ValueError(f"--picture {args.picture}: must end in .png or .jpg, or be a folder")
     if not is_folder(args.picture):
         raise ValueError(f"--picture {args.picture}: --video names {len(paths)} videos; name a "
                          "folder, for a picture of each")
@@ -1908,7 +1926,12 @@ def picture_paths(args, paths):
         stems = ["-".join(Path(path).with_suffix("").parts[-2:]) for path in paths]
     if len({*stems}) < len(stems):
         stems = [f"{stem}-{i}" for i, stem in enumerate(stems, 1)]
-    return {path: os.path.join(args.picture, f"{stem}.png") for path, stem in zip(paths, stems)}
+    pictures = [os.path.join(args.picture, f"{stem}.png") for stem in stems]
+    for picture in pictures:
+        if os.path.exists(picture) and not is_drawn(picture):
+            raise ValueError(f"--picture {args.picture}: {picture} is there and was not drawn by "
+                             "this command; name another folder")
+    return dict(zip(paths, pictures))
 
 
 def run_video(args):
@@ -1957,6 +1980,8 @@ def run_video(args):
 def run_check(args):
     """--check: reads every video below a folder, and decodes every frame of it; names those that
     fail or are damaged. Status 1 if there are any."""
+    if not os.path.isdir(args.check):
+        raise ValueError(f"--check {args.check}: no such folder; give one with videos below it")
     paths = data.videos_below(args.check)
     tell_passed_over(args.check)
     if not paths:

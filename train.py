@@ -182,10 +182,10 @@ class Recipe:
         if self.keep_decoded and self.workers:
             raise ValueError(
                 f"keep_decoded=true keeps clips in one process: workers={self.workers} must be 0")
-        if self.batch % 2 or self.micro_batch % 2:
-            raise ValueError(
-                f"batch={self.batch} and micro_batch={self.micro_batch} must be even, because "
-                "videos are mixed in pairs")
+        for name in ("batch", "micro_batch"):
+            if getattr(self, name) % 2:
+                raise ValueError(f"{name}={getattr(self, name)} must be even, because videos are "
+                                 "mixed in pairs")
 
     def check_range(self, name):
         least = 1 if name in COUNTS else 0
@@ -492,11 +492,15 @@ def open_folder(folder, recipe):
     except OSError as error:
         raise ValueError(f"{folder} cannot be made a folder ({error.strerror}): choose another "
                          "--out") from error
-    with locked(folder):
-        for left in folder.glob(".*.*.[0-9]*"):  # by a write that was killed
-            left.unlink()
-        check_same_run(folder, recipe)
-        yield
+    try:
+        with locked(folder):
+            for left in folder.glob(".*.*.[0-9]*"):  # by a write that was killed
+                left.unlink()
+            check_same_run(folder, recipe)
+            yield
+    finally:
+        if not any(folder.iterdir()):  # a start that failed
+            folder.rmdir()
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -1587,6 +1591,9 @@ def notes_of(name, result):
             note += ("; it was chosen on the test videos, so the numbers flatter it: sort them "
                      "into train/, val/ and test/<class>, and val/ chooses")
         notes.append(note)
+    if recipe["dataset"] == "folder" and recipe["protocol"] == "fewshot":
+        sizes = [f"{scores['videos']} of {test}" for test, scores in result["tests"].items()]
+        notes.append(f"{name}: tested on {', '.join(sizes)}")
     return notes
 
 
@@ -1623,6 +1630,7 @@ def main(args):
     if rank == 0:
         if dataset == "shapes":
             draw_miniature(root, results, out / "reversal.png")
+            print(f"drawn: {out / 'reversal.png'}", file=sys.stderr)
         print_results(results, out)
     return 0
 

@@ -213,7 +213,7 @@ class TCCLIP(nn.Module):
             most = len(self.clip.positional_embedding)
             if length == most:
                 raise
-            raise ValueError(f"{error}, or train with text_length up to {most}") from error
+            raise ValueError(f"{error}, or train with --set text_length={most}") from error
         longest = int(tokens.argmax(dim=-1).max()) + 1
         return tokens[:, :longest]
 

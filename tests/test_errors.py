@@ -17,6 +17,7 @@ import archives
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from figures import weights
 from helpers import MERGES, save_clip, tiny_clip
 
@@ -80,6 +81,7 @@ def things(world, tmp_path_factory):
             (folder / root / name).mkdir(parents=True)
             shutil.copy(video, folder / root / name / "v.mp4")
     (folder / "twice.csv.npz").write_text("id,name\n")
+    Image.new("RGB", (8, 8)).save(folder / "mine.png")
     (folder / "headed.txt").write_text("class\na\nb\n")
     (folder / "unnamed.csv").write_text("id,name\n0,a\n1\n")
     (folder / "twice.csv").write_text("id,name\n0,a\n0,b\n")
@@ -129,7 +131,7 @@ TRAIN = [  # arguments; {t}: the folder of things, {w}: the miniature world. Wha
     ("--set shots=2,,4", "shots takes"), ("--set shots=99", "fewer than shots=99"),
     ("--set shots=0", "shots=0 must lie between 1"), ("--set seed=a", "seed takes"), ("--set seed=-1", "seed=-1 must"),
     (f"--set seed={10**30}", "must lie between 0 and 4294967295"), ("--set lr=nan", "lr=nan must"),
-    ("--set lr=inf", "lr=inf must"), ("--set batch=3", "must be even"), ("--set frames=0", "frames=0 must"),
+    ("--set lr=inf", "lr=inf must"), ("--set batch=3", "batch=3 must be even"), ("--set frames=0", "frames=0 must"),
     ("--method ila --set shots=2 frames=1", "at least 2"), ("--set jitter=2", "between 0 and 1"),
     ("--set scales=1,0", "scales=(1.0, 0.0)"), ("--set scales=nan", "0.05 to 1"),
     ("--set strengths=1,1", "four numbers"), ("--set short_side=10 shots=2", "at least the model's 32 pixels"),
@@ -207,8 +209,8 @@ EVAL = [
     ("{z} --picture a.xyz", "must end in .png"), ("{z} --picture {t}/folder", "--picture"),
     ("{z} --json {t}/folder", "--json"), ("{z} --json nowhere/a.json", "nowhere/a.json"),
     ("{z} --picture nowhere/a.png", "nowhere/a.png"), ("--check", "expected one argument"),
-    ("--check=", "--check is empty"), ("--check nowhere", "nowhere: No such file"),
-    ("--check {t}/text", "/text: Not a directory"), ("--check {w} --json a.json", "--json means nothing to --check"),
+    ("--check=", "--check is empty"), ("--check nowhere", "nowhere: no such folder"),
+    ("--check {t}/text", "/text: no such folder"), ("--check {w} --json a.json", "--json means nothing to --check"),
     ("--video x.mp4", "--video needs --classes"), ("--video x.mp4 --classes ,", "--classes ','"),
     ("--video x.mp4 --classes a", "x.mp4: no such video"),
     ("--video {t}/folder --classes a", "or a folder without any"), ("--video {v} x.mp4 --classes a", "x.mp4"),
@@ -228,7 +230,8 @@ EVAL = [
     ("--video {v} --classes a --checkpoint {v}", "refused"),
     (f"--video {{v}} --classes {'a' * 40} --checkpoint {{t}}/tc.pt", "does not fit"),
     ("--video {v} --classes a --every 0", "not a time"),
-    ("--video {v} --classes a --every=-2s", "'-2s' is not a time"),
+    ("--video {v} --classes a --every=-2s", "'-2s' is not a time"), ("{z} --picture {t}/mine.png", "holds something else"),
+    ("--video {v} --classes a --picture /dev/null", "must end in .png or .jpg, or be a folder"),
     ("--video {v} --classes a --every 2h", "2s, 500ms"),
     ("{v}", "write --video"), ("--video -0WZ.mp4 --classes a", "-0WZ.mp4 looks like a flag: write ./-0WZ.mp4"),
     ("--test imagenet", "invalid choice"), ("{z} --half old", "invalid choice: 'old'"),

@@ -158,6 +158,36 @@ def test_damage_is_told(tmp_path, tuned, capsys):
         assert first["damaged"] > 0 == second["damaged"] and "good.mp4:" not in err
 
 
+@pytest.mark.parametrize("suffix, options", [("mkv", {}), ("avi", {}), ("ts", {}), ("mp4", {"movflags": "faststart"})])
+def test_check_names_a_file_that_is_cut_short(tmp_path, suffix, options):
+    """A container that announces its length; a transport stream does not."""
+    path = tmp_path / f"clip.{suffix}"
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("h264", rate=10, options={"g": "5"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(100):
+            noise = np.random.default_rng(i).integers(0, 255, (48, 64, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise)))
+        container.mux(stream.encode())
+    assert data.check_video(path) is None
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    found = data.check_video(path)
+    if suffix == "ts":
+        assert found is None or "are damaged" in found
+    else:
+        assert re.search(r"pictures end after [345]\.\d of (9\.9|10\.0) seconds", found)
+
+
+def test_pictures_of_somebody_else_stay(tmp_path, tuned, capsys):
+    video = write_video(tmp_path / "clip.mp4", frames=4, size=(64, 48))
+    words = ("--video", video, "--checkpoint", tuned, "--classes", NAMES, "--picture")
+    for name in ("a.png", "a.jpg", "pictures"):
+        assert evaluate(*words, tmp_path / name) == evaluate(*words, tmp_path / name) == 0  # its own is drawn anew
+    Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "clip.png")
+    assert evaluate(*words, tmp_path / "pictures") == 2 and "was not drawn" in capsys.readouterr().err
+    assert Image.open(tmp_path / "pictures" / "clip.png").size == (9, 9)
+
+
 def test_windows_are_decoded_one_at_a_time(long, monkeypatch):
     seen, convert = [], data.to_image
     monkeypatch.setattr(data, "to_image", lambda *arguments: seen.append(0) or convert(*arguments))
