@@ -187,21 +187,24 @@ def open_video(path, max_pixels=MAX_PIXELS, threads=1):
     except (VideoError, ReadError):
         raise
     except (av.FFmpegError, OSError, ValueError, LookupError) as error:
-        cause = file.error if file and file.error else error
-        number = getattr(cause, "errno", None)
-        reason = getattr(cause, "strerror", None) or cause
-        if number == errno.ENOENT:
-            reason = "no such file"
-        elif number == errno.EINVAL:
-            reason = "no video, or in a format that is not read"
-        elif isinstance(cause, (av.InvalidDataError, av.EOFError)):
-            reason = f"{reason} (it is cut short, damaged, or no video)"
-        if isinstance(cause, av.FFmpegError):
-            of_system = number in (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-        else:
-            of_system = isinstance(cause, OSError) and number not in FILE_ERRORS
-        kind = ReadError if of_system else VideoError
-        raise kind(f"{path}: {reason}") from error
+        raise what_failed(path, file.error if file and file.error else error) from error
+
+
+def what_failed(path, cause):
+    """The VideoError or ReadError that says what went wrong with a file."""
+    number = getattr(cause, "errno", None)
+    reason = getattr(cause, "strerror", None) or cause
+    if number == errno.ENOENT:
+        reason = "no such file"
+    elif number == errno.EINVAL:
+        reason = "no video, or in a format that is not read"
+    elif isinstance(cause, (av.InvalidDataError, av.EOFError)):
+        reason = f"{reason} (it is cut short, damaged, or no video)"
+    if isinstance(cause, av.FFmpegError):
+        of_system = number in (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+    else:
+        of_system = isinstance(cause, OSError) and number not in FILE_ERRORS
+    return (ReadError if of_system else VideoError)(f"{path}: {reason}")
 
 
 def demux(video):
@@ -1691,8 +1694,8 @@ def open_files(dataset, root, upstream_labels=False):
         raise ValueError(f"dataset {quoted(dataset)!r} is unknown; known are {', '.join(DATASETS)}")
     known = KNOWN.get(dataset)
     if upstream_labels and not (known and known.swapped):
-        raise ValueError("--upstream-labels: only hmdb51's published names differ from its owner's, "
-                         f"not {dataset}'s")
+        raise ValueError("--upstream-labels: only hmdb51's published names differ from its "
+                         f"owner's, not {dataset}'s")
     if not os.path.isdir(root) or not os.listdir(root):
         what = "one folder per class, with its videos"
         if known:
