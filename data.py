@@ -718,12 +718,12 @@ def check_video(path):
 
 def announced_seconds(video):
     """How long a file says that its video is, in seconds; 0 if it does not say."""
-    stream = video.stream
-    if stream.frames and stream.average_rate:
-        return float(stream.frames / stream.average_rate)
+    stream, container = video.stream, video.container
+    if container.format.name == "avi" and stream.frames and stream.average_rate:
+        return float(stream.frames / stream.average_rate)  # its duration is that of what is there
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    return (video.container.duration or 0) / av.time_base
+    return (container.duration or 0) / av.time_base
 
 
 def read_clip(path, frames=16, size=224, short_side=None):

@@ -664,7 +664,7 @@ def is_drawn(path):
     try:
         with Image.open(path) as picture:
             told = picture.info.get("Software"), picture.info.get("comment")
-    except (OSError, ValueError, SyntaxError):  # Pillow's, of what is no picture
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # it is no picture
         return False
     return DRAWN_BY in told or DRAWN_BY.encode() in told
 
@@ -1010,7 +1010,7 @@ def draw_curves(history, path):
         draw_curve(draw, 70, "training loss", losses, epochs, (0, limit), COLOURS[0], ends)
     if scores:
         best, score = max(scores, key=lambda point: point[1])  # of several the first is kept
-        title = f"validation top-1 in %: {score:.1f} in epoch {best}"
+        title = f"validation top-1 %: best {score:.1f}, epoch {best}"
         draw_curve(draw, 570, title, scores, epochs, (0, 100), COLOURS[1], ends)
     write_picture(picture, path)
 

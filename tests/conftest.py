@@ -9,7 +9,7 @@ torch.set_num_threads(1)  # most tensors here are tiny: more threads gain little
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true",
-                     help="only the slow tests: kills, several processes, full disks, the compiler, whole models, the README's rows")
+                     help="only the slow tests: kills, several processes, full disks, the compiler, whole models, protocols, the README's rows")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -161,6 +161,7 @@ def test_wide_towers_need_their_head_width(tmp_path):
     assert load_clip(tmp_path / "vith.pt", head_width=80).visual.transformer.resblocks[0].attn.heads == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file, change, words", [
     ("hf_clip_gelu/hub/config.json", lambda c: c.update(model_type="siglip"), ["siglip"]),
     ("hf_clip_gelu/hub/config.json", lambda c: c["vision_config"].update(hidden_act="relu"), ["differ"]),
@@ -182,6 +183,7 @@ def test_configs_that_make_other_towers_are_refused(file, change, words, tmp_pat
     refused(lambda: load_clip(path.parent), *words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "\x00", '{"a":' * 100_000])
 def test_broken_configs_are_refused(text, tmp_path):
     for name, config in (("hf_clip_gelu", "config.json"), ("openclip_gelu", "open_clip_config.json")):
@@ -204,6 +206,7 @@ REFUSED = [  # a key that a format has beside those of a CLIP, and its name
     ("model.blocks.0.temporal_attn.qkv.weight", "TimeSformer")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key, title", REFUSED)
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model_state": {f"module.{k}": v for k, v in state.items()}}])
 def test_other_models_are_named(key, title, wrap, tmp_path):
@@ -476,6 +479,7 @@ def own_checkpoint(path, kind="tc", model={}, **changes):
     torch.save(content, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, changes, words", [
     ("vifi", {"frames": 10**9}, ["frames"]), ("vifi", {"clips": 10**6}, ["clips"]), ("vifi", {"crops": -1}, ["crops"]),
     ("vifi", {"short_side": 10**9}, ["short_side"]), ("vifi", {"frames": "8"}, ["frames"]), ("vifi", {"frames": True}, ["frames"]),

@@ -69,6 +69,7 @@ def test_top_k_equals_sorting(n, C, seed):
     assert evaluation.top_k(probabilities, labels, C) == (n - 1) / n
 
 
+@pytest.mark.slow
 def test_subsets_are_looked_up_in_every_test_set(world, checkpoint, tmp_path, capsys):
     base, novel = (data.load_tests("shapes", world)[name].classes for name in ("base", "novel"))
     for name, classes in (("temporal", base[:2]), ("static", [base[5], novel[3]])):
@@ -235,6 +236,7 @@ def test_predictions_replace_no_video_and_leave_unreadable_ones_open(world, tmp_
     assert rows[-1] == f"{bad},{bad.parent.name}" and rows[1].count(",") == 11
 
 
+@pytest.mark.slow
 def test_accuracy_over_the_weight_of_an_ensemble(world, checkpoint, tmp_path, capsys):
     words = "--test", "shapes", "--data", world, "--checkpoint", checkpoint, "--json", tmp_path / "a.json"
     assert evaluate(*words, "--ensemble", "0,0.5,...,1", "--picture", tmp_path / "w.png") == 0

@@ -274,6 +274,7 @@ def default_logits():
         return toy(dtype=torch.float32)(clips(dtype=torch.float32))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", ABLATIONS, ids=str)
 def test_every_ablation_runs_and_matters(changes):
     video = clips(dtype=torch.float32)

@@ -232,6 +232,7 @@ def test_the_owners_lists_agree_with_the_published(owners, dataset, trained, siz
         assert as_named(videos) == {name: label for name, label in as_named(tests["split1"]).items() if label in names}
 
 
+@pytest.mark.slow
 def test_upstream_labels_are_hmdbs_as_published(owners, tmp_path):
     published_names = data.read_labels(LISTS / "published" / "labels" / "hmdb_51_labels.csv")
     for root in (owners / "hmdb51", published(tmp_path / "hmdb51", "hmdb51")):

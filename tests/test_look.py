@@ -431,6 +431,7 @@ def test_times(words, value):
     assert evaluation.parse_args(["--video", "a", "--classes", "b", "--every", words]).every == pytest.approx(value)
 
 
+@pytest.mark.slow
 def test_windows_with_a_released_checkpoint(tmp_path, capsys):
     from test_tc import released_state
     state, openai = released_state(weights, "tiny", 1)

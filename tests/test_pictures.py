@@ -49,7 +49,7 @@ def test_curves_have_round_ticks_and_a_point_for_each_epoch(tmp_path, words):
     evaluation.draw_curves(history, tmp_path / "curves.png")
     ticks = [word for word, _ in words if word.replace(".", "").isdigit()]
     assert ticks == ["0", "0.5", "1", "1.5", "2", "0", "25", "50", "75", "100"]
-    assert "validation top-1 in %: 50.0 in epoch 3" in [word for word, _ in words]
+    assert "validation top-1 %: best 50.0, epoch 3" in [word for word, _ in words]
     image = pixels(tmp_path / "curves.png")
     for x, y, colour in ((70, 60 + 290 * 0.3 / 2, BLUE), (460, 60 + 290 * 0.8, BLUE), (960, 60 + 145, ORANGE)):
         assert area(image[int(y) - 4:int(y) + 5, x - 4:x + 5], colour) > 30

@@ -475,6 +475,7 @@ def kept_bytes(model, video):
     return sum(kept.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, settings", [
     ("tc", {}), ("tc", {"merge": "random"}), ("tc", {"prompt_blocks": (0,), "context_blocks": (1,)}), ("ila", {}),
     ("ila", {"form": "released"}), ("ila", {"num_classes": 3}), ("ila", {"rival": "shift"}), ("vifi", {})])  # num_classes: with dropout

@@ -273,6 +273,7 @@ def test_groups_are_those_of_fp32_under_autocast():
         assert torch.equal(summary.seeds, order[..., :model.vision.seeds])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     *({name: value} for name, known in CHOICES.items() for value in known), *(dict(prompting=p) for p in ("video", "learned", "none")),
     dict(local_global_bias=False), dict(stop_gradient=False), dict(reference_blocks=(2, 3)), dict(context_tokens=1),
