@@ -178,7 +178,7 @@ def open_video(path, max_pixels=MAX_PIXELS, threads=1):
                     raise ValueError(f"frame size unknown or above {max_pixels} pixels")
                 codec.options, codec.thread_count = limit, 1
                 if threads > 1 and codec.codec.canonical_name in SIDE_BY_SIDE:
-                    # a thread may mark a frame as corrupt when it is out already: end at errors
+                    # a frame may be out before its thread marks it as corrupt: stop at errors
                     codec.options = limit | {"err_detect": "explode"}
                     codec.thread_count, codec.thread_type = threads, "FRAME"
                 yield Video(container, stream, codec)
@@ -701,7 +701,10 @@ def inspect_test(path, views, threads=1):
 
 
 def check_video(path):
-    """Reads a video as a test does, then decodes all of it: what is wrong with it, or None."""
+    """Reads a video as a test does, then decodes all of it: what is wrong with it, or None.
+
+    Damage is wrong, and an end long before the one that the file announces.
+    """
     try:
         read_test(path, Views())
         with open_video(path) as video:

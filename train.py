@@ -1303,6 +1303,7 @@ def draw_miniature(root, results, path):
     if models:
         clip = data.read_test(root / "base" / names[0] / "000.mp4", views)[0]
         evaluation.draw_reversal(models, clip, names, path)
+        print(f"drawn: {path}", file=sys.stderr)
 
 
 # ---- from flags to recipes -----------------------------------------------------------------------
@@ -1592,7 +1593,8 @@ def notes_of(name, result):
                      "into train/, val/ and test/<class>, and val/ chooses")
         notes.append(note)
     if recipe["dataset"] == "folder" and recipe["protocol"] == "fewshot":
-        sizes = [f"{scores['videos']} of {test}" for test, scores in result["tests"].items()]
+        sizes = [f"{scores['videos']} videos of {test}"
+                 for test, scores in result["tests"].items()]
         notes.append(f"{name}: tested on {', '.join(sizes)}")
     return notes
 
@@ -1630,7 +1632,6 @@ def main(args):
     if rank == 0:
         if dataset == "shapes":
             draw_miniature(root, results, out / "reversal.png")
-            print(f"drawn: {out / 'reversal.png'}", file=sys.stderr)
         print_results(results, out)
     return 0
 

@@ -355,6 +355,7 @@ def test_real_clips_train_and_are_evaluated(tmp_path):
                    "--clip", tmp_path / "clip.pt", "--out", tmp_path / "run", "--set", "shots=1", "epochs=2", "frames=4",
                    "batch=4", "workers=1", "prompt=a pic", "context_tokens=4", "clips=1", "text_length=77")
     assert done.returncode == 0, done.stderr
+    assert "run: tested on 10 videos of test" in done.stdout
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     assert result["tests"]["test"]["videos"] == 10 and not result["tests"]["test"]["bad"] and result["train_videos"] == 9
 

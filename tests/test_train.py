@@ -272,6 +272,7 @@ def test_a_broken_write_leaves_the_last_good_state(tmp_path):
 def test_a_start_that_failed_leaves_the_folder_free(world, tmp_path):
     with pytest.raises(ValueError, match="no such|neither a file"):
         train.main(train.parse_args(arguments(world, tmp_path / "run", "epochs=1") + ["clip=nowhere.pt"]))
+    assert not (tmp_path / "run").exists()
     assert run(world, tmp_path / "run", "epochs=1")["tests"]
     (tmp_path / "run" / "recipe.json").write_text("[")
     with pytest.raises(ValueError, match="recipe.json is damaged"):
